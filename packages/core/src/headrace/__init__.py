@@ -1,0 +1,1 @@
+"""Headrace puts new weights into LLM inference engines while they serve."""

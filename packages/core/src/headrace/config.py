@@ -1,0 +1,108 @@
+"""Frozen settings, and the one place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from headrace.errors import ConfigError
+from headrace.types import CacheMode, RouteName, VerifyMode
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deadlines:
+    """How long each wait may take, in seconds."""
+
+    ready_s: float = 600.0
+    enrol_s: float = 60.0
+    read_s: float = 1800.0
+    describe_s: float = 300.0
+    stage_s: float = 600.0
+    pause_s: float = 60.0
+    commit_s: float = 120.0
+    heartbeat_s: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateSettings:
+    """Choices of one update.
+
+    Attributes:
+        route: `auto` lets the planner choose per receiver.
+        transport: `auto`, or the name of one transport that must be used (`memory`, `tcp`, ...).
+        cache: `recompute` drops KV of the old weights, `keep` keeps it.
+        verify: `digest` compares sums of every destination box, `full` compares bytes, `none` nothing.
+        version: Version to serve afterwards; None takes the greatest served plus one.
+        strict: Refuse source names that nothing uses.
+        budget_bytes: Most staging memory per receiver; None asks the engine what is free.
+        bucket_bytes: Wished size of one bucket.
+        deadlines: Limits of every wait.
+    """
+
+    route: RouteName = "auto"
+    transport: str = "auto"
+    cache: CacheMode = "recompute"
+    verify: VerifyMode = "digest"
+    version: int | None = None
+    strict: bool = False
+    budget_bytes: int | None = None
+    bucket_bytes: int = 64 * MIB
+    deadlines: Deadlines = Deadlines()
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("route", RouteName), ("cache", CacheMode), ("verify", VerifyMode)):
+            value = getattr(self, field)
+            if value not in get_args(allowed):
+                raise ConfigError(f"{field} is {value!r}; choose one of {', '.join(get_args(allowed))}", name=field)
+        if self.version is not None and self.version < 0:
+            raise ConfigError(f"version is {self.version}; it must not be negative", name="version")
+        if self.bucket_bytes < 4096:
+            raise ConfigError(f"bucket_bytes is {self.bucket_bytes}; the least is 4096", name="bucket_bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostSettings:
+    """What this host allows; from the environment, see `from_env`.
+
+    Attributes:
+        socket_dir: Folder (mode 0700) for unix sockets that pass file descriptors. Give engines in another
+            container the same folder.
+        permitted_uids: Users whose processes may open this host's segments.
+        bind_host: Address that control and data sockets listen on.
+        advertise_host: Address that peers are told to dial.
+    """
+
+    socket_dir: Path
+    permitted_uids: frozenset[int]
+    bind_host: str = "127.0.0.1"
+    advertise_host: str = "127.0.0.1"
+
+
+def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
+    """Read `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`.
+
+    Raises:
+        ConfigError: A value makes no sense; names the variable.
+    """
+    env = os.environ if environ is None else environ
+    uids = env.get("HEADRACE_PERMITTED_UIDS", "")
+    try:
+        permitted = frozenset(int(uid) for uid in uids.split(",") if uid.strip()) | {os.getuid()}
+    except ValueError:
+        message = f"HEADRACE_PERMITTED_UIDS is {uids!r}; give user ids separated by commas"
+        raise ConfigError(message, name="HEADRACE_PERMITTED_UIDS") from None
+    bind = env.get("HEADRACE_BIND", "127.0.0.1")
+    default = Path(env.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"headrace-{os.getuid()}"
+    return HostSettings(
+        socket_dir=Path(env.get("HEADRACE_SOCKET_DIR") or default),
+        permitted_uids=permitted,
+        bind_host=bind,
+        advertise_host=env.get("HEADRACE_ADVERTISE") or ("127.0.0.1" if bind in ("0.0.0.0", "*") else bind),  # noqa: S104
+    )

@@ -1,0 +1,59 @@
+"""What exists: segments of memory that a holder lends, and the manifest of regions that lie in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headrace.geometry import RegionTable
+from headrace.types import ParamTable
+
+SegmentKind = Literal["host", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentDescriptor:
+    """What a peer needs to open one segment; it may travel, it owns nothing.
+
+    Attributes:
+        segment_id: Random, unique for the life of the memory; a peer keeps its mapping under this key.
+        kind: `host` (memfd, passed over the holder's unix socket) or `cuda` (CUDA IPC).
+        num_bytes: Size of the segment.
+        ipc_handle: CUDA IPC handle where kind is `cuda`.
+    """
+
+    segment_id: str
+    num_bytes: int
+    kind: SegmentKind = "host"
+    ipc_handle: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class HolderAddress:
+    """How to reach one holder's memory.
+
+    Attributes:
+        holder_id: Unique name of the holder process.
+        unix_socket: Path of the socket that passes file descriptors; empty if it lends none.
+        tcp_endpoint: `host:port` of its data server; empty if it serves none.
+        tcp_secret: Key of the data server's challenge; travels only inside the encrypted control channel.
+    """
+
+    holder_id: str
+    unix_socket: str = ""
+    tcp_endpoint: str = ""
+    tcp_secret: bytes = b""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Every region one holder has, for one version.
+
+    `regions.param` indexes `params`, `regions.block` indexes `segments`, bytes are in `params`' dtypes.
+    """
+
+    holder: HolderAddress
+    version: int
+    params: ParamTable
+    segments: tuple[SegmentDescriptor, ...]
+    regions: RegionTable

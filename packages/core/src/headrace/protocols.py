@@ -1,0 +1,288 @@
+"""The four contracts of Headrace: engine worker, engine control, weight source, transport.
+
+An adapter implements `InferenceBackend` and `EngineControl`; a trainer hook implements `WeightSource`; a wire
+implements `Transport`. `headrace.testing` holds a conformance suite for each. torch is imported for types only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from headrace.geometry import Box
+from headrace.manifest import HolderAddress, SegmentDescriptor
+from headrace.plan import CopyTable
+from headrace.types import CacheMode, ParamTable, WorkerId
+
+if TYPE_CHECKING:
+    import torch
+
+NamedTensors = Iterable[tuple[str, "torch.Tensor"]]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Who a worker is and what shapes its loader.
+
+    Attributes:
+        worker: Instance and rank.
+        world_size: Number of workers of the instance.
+        device: torch device string, `cpu` or `cuda:0`.
+        device_uuid: Physical device; workers on one device share it.
+        layout: Everything besides the source that decides what the loader does: model class and config digest,
+            parallel sizes and ranks, quantisation, engine and adapter version. The recipe cache's key.
+    """
+
+    worker: WorkerId
+    world_size: int
+    device: str
+    device_uuid: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The model's structure on the meta device, with its loader: what a recipe is recorded on.
+
+    Attributes:
+        tensors: Parameters and loadable buffers by the engine's name, on the meta device, in the layout that the
+            loader writes to (before any repacking).
+        load: The engine's loader, bound to the skeleton.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    load: Callable[[NamedTensors], object]
+
+
+@runtime_checkable
+class InferenceBackend(Protocol):
+    """One engine worker as the receiver sees it. Lives in the worker's process; never called concurrently.
+
+    Call order:
+        1. `identity`, `live_tensors`, `skeleton`, `derived`, `optional` - any time after the model is loaded, while
+           the engine serves; they change nothing.
+        2. `loaded_from` - once, to prove the recipe against what the engine itself loaded.
+        3. Per update, engine paused: `commit_scope` is entered; live tensors are written; then, only if something is
+           opaque, `begin_reload`, `load`, `end_reload`; then `rederive`; the scope is left.
+        4. `set_version` - when all ranks of the instance have succeeded.
+    """
+
+    def identity(self) -> WorkerIdentity:
+        """Return who this worker is. Constant over the worker's life."""
+        ...
+
+    def live_tensors(self) -> Mapping[str, torch.Tensor]:
+        """Return the tensors that forward steps read, by the engine's name: this rank's shards, no copies.
+
+        Writing to them in place changes what the model computes. Pointers may change after `end_reload`.
+        """
+        ...
+
+    def skeleton(self) -> Skeleton | None:
+        """Return what to record on, or None where the engine cannot give one (all updates then use `load`)."""
+        ...
+
+    def loaded_from(self) -> str | None:
+        """Return the checkpoint folder that the live weights came from, or None (dummy weights, later updates)."""
+        ...
+
+    def load(self, pairs: NamedTensors) -> None:
+        """Run the engine's own loader on full tensors in checkpoint naming. Blocking; tensors are the engine's to keep.
+
+        Raises:
+            Exception: Whatever the engine raises; the receiver reports it as `ApplyError`.
+        """
+        ...
+
+    def begin_reload(self) -> None:
+        """Enter the engine's reload life cycle; a no-op where weights keep their loader's layout."""
+        ...
+
+    def end_reload(self) -> None:
+        """Leave the reload life cycle: repack, quantise, rebuild what the engine derives."""
+        ...
+
+    def reload_unit(self, name: str) -> str:
+        """Return the unit that a live tensor is reloaded with; all sources of a unit are loaded together, whole."""
+        ...
+
+    def optional(self, name: str) -> bool:
+        """Return whether a live tensor may stay as it is when the source has nothing for it (KV scales)."""
+        ...
+
+    def derived(self) -> Mapping[str, Sequence[str]]:
+        """Return tensors computed from weights after loading: their name to the live tensors that feed them."""
+        ...
+
+    def rederive(self, names: Sequence[str]) -> bool:
+        """Compute derived tensors again in place after their inputs changed; False where the engine cannot.
+
+        Called with an empty sequence to ask. Where False, the inputs go through the loader instead.
+        """
+        ...
+
+    def free_memory_bytes(self) -> int:
+        """Return the memory that staging may take beside the engine, where the worker's staging lives."""
+        ...
+
+    def commit_scope(self) -> AbstractContextManager[None]:
+        """Return a context in which writes to live tensors are ordered against forward steps (the commit's stream)."""
+        ...
+
+    def set_version(self, version: int) -> None:
+        """Make the engine report `version` from the next token on. Called only after success on all ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What HTTP or RPC carries to an engine so that its receivers can dial in. One use, one update.
+
+    Attributes:
+        update_id: Random id of the update.
+        endpoint: ZeroMQ endpoint of the coordinator.
+        server_key: The coordinator's CURVE public key, Z85.
+        token: One-time token that every receiver must present.
+    """
+
+    update_id: str
+    endpoint: str
+    server_key: str
+    token: str
+
+
+@runtime_checkable
+class EngineControl(Protocol):
+    """One engine instance as the updater sees it. Lives in the updater, speaks the engine's own interface.
+
+    Call order: 1. `wait_ready`. 2. `expected_receivers`, `enrol`. 3. `pause`. 4. `resume`. 5. `close`.
+    Every call blocks at most `deadline_s` seconds; all are idempotent.
+    """
+
+    @property
+    def address(self) -> str:
+        """The engine as the user named it, for messages."""
+        ...
+
+    def wait_ready(self, deadline_s: float) -> None:
+        """Wait until the engine answers.
+
+        Raises:
+            ConnectError: It did not within the deadline; says what was tried and what came back.
+        """
+        ...
+
+    def expected_receivers(self, deadline_s: float) -> int:
+        """Return how many workers will enrol, over all data-parallel replicas behind this address."""
+        ...
+
+    def enrol(self, ticket: Ticket, deadline_s: float) -> None:
+        """Hand the ticket to every worker; returns when they were told, not when they have dialled."""
+        ...
+
+    def pause(self, cache: CacheMode, deadline_s: float) -> None:
+        """Stop forward steps and keep requests; with `recompute` no KV of the old weights is used afterwards."""
+        ...
+
+    def resume(self, deadline_s: float) -> None:
+        """Let forward steps go on."""
+        ...
+
+    def served_version(self, deadline_s: float) -> int | None:
+        """Return the version that the engine reports, or None where it has none yet."""
+        ...
+
+    def close(self) -> None:
+        """Release connections; the engine is not touched."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRegion:
+    """A piece of a parameter that a source's rank holds: parameter name and Box in its global index space."""
+
+    name: str
+    box: Box
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """Where weights come from, as one rank sees it: a checkpoint's files, a trainer's shards, named tensors.
+
+    Call order: 1. `metadata`, `regions` (again after `version_ready` if they changed). 2. `read` for planned regions,
+    from several threads at once. 3. `close`.
+    """
+
+    def metadata(self) -> ParamTable:
+        """Return all parameters of the model, equal on every rank. No transfer, no collective."""
+        ...
+
+    def regions(self) -> Sequence[SourceRegion]:
+        """Return what this rank holds, replicas included, without gathering. Disjoint within a rank."""
+        ...
+
+    def read(self, region: SourceRegion, out: memoryview) -> None:
+        """Write the region's elements into `out`, row-major in the metadata's dtype. Blocking; thread-safe.
+
+        Args:
+            region: One of `regions()`.
+            out: Writable bytes, exactly the region's size; the caller's before and after.
+
+        Raises:
+            CheckpointError: The bytes cannot be had.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release files and references."""
+        ...
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """A way to read a holder's segments. Lives in the process that receives.
+
+    Call order: 1. `open` per segment. 2. `submit`, `wait`, many times. 3. `close`.
+    Only reads: nobody writes into a peer's memory.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name under which `headrace.transports` lists it."""
+        ...
+
+    def open(self, holder: HolderAddress, segment: SegmentDescriptor, deadline_s: float) -> None:
+        """Make a segment readable; idempotent per `segment_id`.
+
+        Raises:
+            ConnectError: The holder cannot be reached or does not lend the segment.
+        """
+        ...
+
+    def submit(
+        self, copies: CopyTable, segments: Sequence[SegmentDescriptor], blocks: Sequence[torch.Tensor]
+    ) -> int:
+        """Start copies from opened segments and return a job number; may return before they are done.
+
+        Args:
+            copies: `src_block` indexes `segments`, `dst_block` indexes `blocks`.
+            segments: Opened before.
+            blocks: Flat uint8 tensors that destination bytes are counted in; must stay alive until `wait` returns.
+        """
+        ...
+
+    def wait(self, job: int, deadline_s: float) -> None:
+        """Wait until a job's bytes are in place.
+
+        Raises:
+            TransferTimeoutError: Not within the deadline; the destination must not be reused for live data.
+            PeerLostError: The holder died.
+            TransportClosedError: `close` was called before.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release every opened segment; idempotent."""
+        ...

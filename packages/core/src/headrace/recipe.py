@@ -1,0 +1,76 @@
+"""What is needed: the LoadRecipe, the engine's own loader written down as boxes of source parameters."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+
+from headrace.geometry import RegionTable
+from headrace.types import I32, I64, ParamTable
+
+
+@dataclass(frozen=True)
+class FillTable:
+    """Constants that the loader writes (vocabulary padding): N strided ranges of targets, each one value.
+
+    Attributes:
+        block: Target id, shape (N,).
+        base: First element in the target's storage, elements, shape (N,).
+        shape: Extents, padded behind with 1, shape (N, D).
+        strides: Elements per step, shape (N, D).
+        value: What is written, as float64, shape (N,).
+    """
+
+    block: I32
+    base: I64
+    shape: I64
+    strides: I64
+    value: np.ndarray
+
+    @classmethod
+    def empty(cls) -> FillTable:
+        """Return a table without rows."""
+        wide = np.zeros((0, 1), np.int64)
+        return cls(np.zeros(0, np.int32), np.zeros(0, np.int64), wide, wide, np.zeros(0, np.float64))
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+
+@dataclass(frozen=True)
+class LoadRecipe:
+    """For one engine worker: from which source box every destination region is filled.
+
+    Attributes:
+        sources: The source's parameters, as they were given to the recorder (names, dtypes, shapes).
+        targets: The worker's live tensors; shapes are this rank's own.
+        regions: Recorded copies: `param` indexes `sources`, `block` indexes `targets`, bytes in the target's
+            dtype, counted from the tensor's first element.
+        fills: Recorded constants.
+        opaque: Ids of sources that go through the engine's loader, whole; shape (M,).
+        unused: Ids of sources that nothing used; shape (U,).
+        opaque_reasons: Why each target that is not filled by copies is not, by target name.
+        proven: Whether the recorded copies were compared with weights that the engine itself loaded.
+    """
+
+    sources: ParamTable
+    targets: ParamTable
+    regions: RegionTable
+    fills: FillTable
+    opaque: I32
+    unused: I32
+    opaque_reasons: dict[str, str]
+    proven: bool = False
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of everything that a plan depends on: equal recipes have equal plans."""
+        digest = hashlib.sha256(f"{self.sources.key}{self.targets.key}{self.proven}".encode())
+        for table in (self.regions, self.fills):
+            for column in fields(table):
+                digest.update(np.ascontiguousarray(getattr(table, column.name)).tobytes())
+        digest.update(self.opaque.tobytes() + self.unused.tobytes())
+        return digest.hexdigest()[:32]
