@@ -1,0 +1,86 @@
+"""What can be done here: `pip install nox`, then `nox -s demo`, or `tests`, `lint`, `build`, `benchmarks`.
+
+Every session works in a fresh clone. torch is installed first and pinned, so that no later step exchanges it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests", "build"]
+
+TORCH = "torch==2.13.0"
+ROOT = Path(__file__).parent
+PACKAGES = ("core", "vllm-adapter", "sglang-adapter", "trainer-hooks")
+IMPORTS = ("headrace", "headrace_vllm", "headrace_sglang", "headrace_trainers")
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _install(session: nox.Session, *requirements: str, core_extras: str = "") -> None:
+    """Install torch alone, then the four packages as editable together with the rest in one call."""
+    session.install(TORCH)
+    packages = [f"./packages/core[{core_extras}]" if core_extras else "./packages/core"]
+    packages += [f"./packages/{folder}" for folder in PACKAGES[1:]]
+    session.install(*(part for package in packages for part in ("-e", package)), *requirements)
+
+
+def _test_folders() -> list[str]:
+    folders = [*(f"packages/{package}/tests" for package in PACKAGES), "tests"]
+    return [folder for folder in folders if (ROOT / folder).is_dir()]
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """A small model generates text while its weights change under it."""
+    _install(session, core_extras="engine")
+    session.run("python", "-m", "headrace", "demo", *session.posargs, env=QUIET)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests of all packages on the CPU; arguments go to pytest."""
+    _install(session, core_extras="engine,test")
+    chosen = any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs)
+    paths = [] if chosen else _test_folders()
+    session.run("python", "-m", "pytest", *paths, *session.posargs, env=QUIET)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, types and layers."""
+    _install(
+        session, "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16", "nox", core_extras="engine,test"
+    )
+    session.run("ruff", "check", ".")
+    session.run("mypy", *(f"packages/{folder}/src" for folder in PACKAGES))
+    session.run("lint-imports")
+
+
+@nox.session(reuse_venv=False)
+def build(session: nox.Session) -> None:
+    """Wheels of all four packages, installed into a clean environment and tried there."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as folder:
+        for package in PACKAGES:
+            session.run("python", "-m", "build", "--outdir", folder, f"packages/{package}")
+        wheels = sorted(str(wheel) for wheel in Path(folder).glob("*.whl"))
+        session.install(TORCH)
+        session.install(*wheels)
+    session.chdir(session.create_tmp())
+    session.run("python", "-c", f"import {', '.join(IMPORTS)}")
+    session.run("headrace", "--help", silent=True)
+    session.run("headrace", "doctor")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measured numbers beside ceilings of the same run; names of modules in `benchmarks/` choose some."""
+    _install(session, core_extras="engine,test,plot")
+    module, *rest = session.posargs or ["all"]
+    session.run("python", "-m", module if "." in module else f"benchmarks.{module}", *rest, env=QUIET)
