@@ -1,0 +1,15 @@
+"""Memory that one process owns and others open: host memfds, and the socket that lends them."""
+
+from headrace.segments.capacity import available_memory_bytes, require_memory
+from headrace.segments.host import HostSegment, MappedSegment
+from headrace.segments.lending import Lender, borrow, probe
+
+__all__ = [
+    "HostSegment",
+    "Lender",
+    "MappedSegment",
+    "available_memory_bytes",
+    "borrow",
+    "probe",
+    "require_memory",
+]

@@ -1,0 +1,204 @@
+"""Host segments: anonymous memory in a sealed memfd, owned by one process and mapped by others."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+import torch
+
+from headrace.errors import CapacityError, ConfigError, LocalProtocolError, RemoteProtocolError, TransportError
+from headrace.manifest import SegmentDescriptor
+from headrace.segments.capacity import require_memory
+
+PAGE = mmap.PAGESIZE
+_MADV_POPULATE_READ = 22
+_SEAL_FUTURE_WRITE = 0x10
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.restype = ctypes.c_int
+
+
+class HostSegment:
+    """A piece of host memory that this process owns and lends by file descriptor. A handle: it stays home.
+
+    Nothing has a name in any file system: the memory ends with the last process that maps it.
+
+    Args:
+        num_bytes: Size; fixed for life by seals.
+        what: What it is for, in messages and in `/proc/PID/fd`.
+        peers_write: Let borrowers map it writable (ring slots shared with a colocated worker). Otherwise a seal
+            keeps every mapping but the owner's read-only, where the kernel has it (5.1).
+
+    Attributes:
+        fd: The memfd; the segment's until `close`.
+        descriptor: What a peer needs to borrow it.
+
+    Raises:
+        CapacityError: The machine or the control group has too little memory.
+    """
+
+    def __init__(self, num_bytes: int, what: str = "headrace", *, peers_write: bool = False) -> None:
+        if num_bytes <= 0:
+            raise ConfigError(f"a segment of {num_bytes} bytes cannot be mapped; the least is 1", name=what)
+        require_memory(num_bytes, what)
+        self.fd = os.memfd_create(what, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self._tensor: torch.Tensor | None = self._prepare(num_bytes, peers_write=peers_write)
+        except OSError as error:
+            os.close(self.fd)
+            message = f"{what}: {num_bytes} bytes of memory could not be mapped: {error}; lower the segment size"
+            raise CapacityError(message, name=what) from error
+        self.descriptor = SegmentDescriptor(segment_id=secrets.token_hex(16), num_bytes=num_bytes)
+
+    def _prepare(self, num_bytes: int, *, peers_write: bool) -> torch.Tensor:
+        os.ftruncate(self.fd, num_bytes)
+        tensor = _map_tensor(self.fd, num_bytes, writable=True)
+        seals = _SEALS if peers_write else _SEALS | _SEAL_FUTURE_WRITE
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        return tensor
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes as a flat uint8 tensor; writable. Views of it keep the memory alive after `close`.
+
+        Raises:
+            LocalProtocolError: The segment is closed.
+        """
+        if self._tensor is None:
+            raise LocalProtocolError(f"segment {self.descriptor.segment_id} is closed; make a new one")
+        return self._tensor
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._tensor is None
+
+    def close(self) -> None:
+        """Give the memory back once no view and no peer holds it; idempotent."""
+        if self._tensor is not None:
+            self._tensor = None
+            os.close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class MappedSegment:
+    """A peer's segment in this process's address space: shared, read-only unless asked otherwise.
+
+    The pages stay valid after the owner has died, and their number cannot shrink: `__init__` refuses memory
+    without seals, which could be cut off under a reader.
+
+    Args:
+        fd: Received descriptor; the caller's before and after.
+        descriptor: What the manifest says about it.
+        writable: Map it writable; only for segments made with `peers_write`.
+
+    Raises:
+        RemoteProtocolError: The descriptor is no sealed memfd, or smaller than announced.
+    """
+
+    def __init__(self, fd: int, descriptor: SegmentDescriptor, *, writable: bool = False) -> None:
+        self.descriptor = descriptor
+        _check_lent(fd, descriptor)
+        try:
+            self._tensor: torch.Tensor | None = _map_tensor(fd, descriptor.num_bytes, writable=writable)
+        except OSError as error:
+            way_out = "ask the holder for a writable segment" if writable else "raise the address space limit"
+            message = f"segment {descriptor.segment_id} could not be mapped: {error}; {way_out}"
+            raise TransportError(message, name=descriptor.segment_id) from error
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes as a flat uint8 tensor; writing into a read-only mapping ends the process.
+
+        Raises:
+            LocalProtocolError: The mapping is closed.
+        """
+        if self._tensor is None:
+            raise LocalProtocolError(f"mapping of segment {self.descriptor.segment_id} is closed; borrow it again")
+        return self._tensor
+
+    def populate(self, chunk_bytes: int = 64 << 20, between: Callable[[], None] | None = None) -> None:
+        """Map all pages now, chunk by chunk, so that later reads fault nowhere. Blocking, without the GIL.
+
+        Args:
+            chunk_bytes: Bytes per system call; small chunks disturb a serving engine less.
+            between: Called after each chunk; may sleep, may raise to stop.
+
+        Raises:
+            TransportError: The kernel could not bring a page in.
+        """
+        step = max(PAGE, chunk_bytes // PAGE * PAGE)
+        size = self.descriptor.num_bytes
+        for begin in range(0, size, step):
+            _populate(self.tensor[begin : min(begin + step, size)], self.descriptor.segment_id)
+            if between is not None:
+                between()
+
+    def close(self) -> None:
+        """Unmap once no view is left; idempotent."""
+        self._tensor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _map_tensor(fd: int, num_bytes: int, *, writable: bool) -> torch.Tensor:
+    """Map `fd` shared; the tensor owns the mapping.
+
+    torch warns about read-only buffers, so it is shown a ctypes array at the mapping's address instead.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, protection)
+    address = np.frombuffer(mapping, np.uint8).ctypes.data
+    array = (ctypes.c_uint8 * num_bytes).from_address(address)
+    array.mapping = mapping  # type: ignore[attr-defined]
+    return torch.frombuffer(array, dtype=torch.uint8)
+
+
+def _check_lent(fd: int, descriptor: SegmentDescriptor) -> None:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    problem = ""
+    if not seals & fcntl.F_SEAL_SHRINK:
+        problem = "is not sealed against shrinking"
+    elif (size := os.fstat(fd).st_size) < descriptor.num_bytes:
+        problem = f"has {size} bytes, announced are {descriptor.num_bytes}"
+    if problem:
+        message = f"segment {descriptor.segment_id} {problem}; the holder must run this version of Headrace"
+        raise RemoteProtocolError(message, name=descriptor.segment_id)
+
+
+def _populate(pages: torch.Tensor, segment_id: str) -> None:
+    if _libc.madvise(pages.data_ptr(), pages.numel(), _MADV_POPULATE_READ) == 0:
+        return
+    code = ctypes.get_errno()
+    if code != errno.EINVAL:
+        reason = os.strerror(code)
+        message = f"pages of segment {segment_id} could not be mapped: {reason}; is the host out of memory?"
+        raise TransportError(message, name=segment_id)
+    pages[::PAGE].sum()
