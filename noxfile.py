@@ -54,9 +54,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types and layers."""
-    _install(
-        session, "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16", "nox", core_extras="engine,test"
-    )
+    _install(session, "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16", "nox", core_extras="engine,test")
     session.run("ruff", "check", ".")
     session.run("mypy", *(f"packages/{folder}/src" for folder in PACKAGES))
     session.run("lint-imports")

@@ -39,8 +39,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 def test_load_imports_only_what_was_asked_for(install: Install) -> None:
     install(
-        "acme-wires", "headrace.transports", {"pigeon": "acme_pigeon:Pigeon", "smoke": "acme_smoke:Smoke"},
-        acme_pigeon="class Pigeon:\n    speed = 80\n", acme_smoke="raise RuntimeError('no fire')\n",
+        "acme-wires",
+        "headrace.transports",
+        {"pigeon": "acme_pigeon:Pigeon", "smoke": "acme_smoke:Smoke"},
+        acme_pigeon="class Pigeon:\n    speed = 80\n",
+        acme_smoke="raise RuntimeError('no fire')\n",
     )
     assert registry.load("headrace.transports", "pigeon").speed == 80
     assert "acme_smoke" not in sys.modules
@@ -48,8 +51,11 @@ def test_load_imports_only_what_was_asked_for(install: Install) -> None:
 
 def test_missing_name_lists_usable_and_broken_ones(install: Install) -> None:
     install(
-        "acme-wires", "headrace.transports", {"pigeon": "acme_pigeon:Pigeon", "smoke": "acme_smoke:Smoke"},
-        acme_pigeon="class Pigeon: ...\n", acme_smoke="import acme_matches\n",
+        "acme-wires",
+        "headrace.transports",
+        {"pigeon": "acme_pigeon:Pigeon", "smoke": "acme_smoke:Smoke"},
+        acme_pigeon="class Pigeon: ...\n",
+        acme_smoke="import acme_matches\n",
     )
     with pytest.raises(BackendUnavailableError) as caught:
         registry.load("headrace.transports", "drum")
@@ -89,8 +95,9 @@ def test_two_distributions_with_one_name_are_refused(install: Install) -> None:
 
 def test_known_but_absent_names_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
-    assert registry.available("headrace.engines")["vllm"] == "not installed; pip install 'headrace-vllm'"
-    assert registry.available("headrace.transports")["mooncake"] == "not installed; pip install 'headrace[p2p]'"
+    engines, transports = registry.available("headrace.engines"), registry.available("headrace.transports")
+    assert engines["vllm"] == "not installed; pip install 'headrace-vllm'"
+    assert transports["mooncake"] == "not installed; pip install 'headrace[p2p]'"
 
 
 @pytest.mark.parametrize("group", registry.GROUPS)
@@ -128,6 +135,7 @@ def test_engine_control_hands_over_address_headers_and_verify(install: Install) 
         ("", "no engine name"),
         ("http://host:8000", "no engine name before"),
         ("=http://host:8000", "no engine name"),
+        ("http://host/?key=1", "no engine name"),
         ("torch=", "http://"),
         ("torch=host:8000", "does not begin with http"),
         ("torch=http://", "no host"),

@@ -40,8 +40,16 @@ KNOWN: Mapping[Group, Mapping[str, _Provider]] = {
 
 # Foreign code may fail in any of these ways while it is imported; anything else is not a failed import.
 _IMPORT_FAILURES = (
-    ArithmeticError, AttributeError, HeadraceError, ImportError, LookupError, OSError, RuntimeError, SyntaxError,
-    TypeError, ValueError,
+    ArithmeticError,
+    AttributeError,
+    HeadraceError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
 )
 
 
@@ -74,7 +82,7 @@ def available(group: Group) -> dict[str, str]:
 def engine_control(
     target: str, *, headers: Mapping[str, str] | None = None, verify: bool | str = True
 ) -> EngineControl:
-    """Return the control of the engine that `target` names, e.g. `torch=http://127.0.0.1:8000`; dials nobody yet.
+    """Return the control of the engine that `target` names (`torch=http://127.0.0.1:8000`); dials nobody yet.
 
     Args:
         target: `ENGINE=URL`; the engine is a name of `headrace.engines`.
