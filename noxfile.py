@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "virtualenv"
@@ -55,9 +56,22 @@ def tests(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Style, types and layers."""
     _install(session, "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16", "nox", core_extras="engine,test")
-    session.run("ruff", "check", ".")
-    session.run("mypy", *(f"packages/{folder}/src" for folder in PACKAGES))
-    session.run("lint-imports")
+    checks = (
+        ("ruff", "check", "--output-format=concise", "."),
+        ("mypy", *(f"packages/{folder}/src" for folder in PACKAGES)),
+        ("lint-imports",),
+    )
+    failed = [check[0] for check in checks if not _passes(session, *check)]
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+def _passes(session: nox.Session, *command: str) -> bool:
+    try:
+        session.run(*command)
+    except CommandFailed:
+        return False
+    return True
 
 
 @nox.session(reuse_venv=False)

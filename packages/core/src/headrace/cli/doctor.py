@@ -60,7 +60,7 @@ def doctor(
 
 
 def examine() -> list[Check]:
-    """Make every check; takes a second or two, mostly torch's import; leaves nothing but the socket folder."""
+    """Make every check; takes a second or two for torch's import; leaves only the socket folder."""
     host = [_python(), *_memory(), _sealed_memory(), _socket_dir(), _locked_memory()]
     devices, collectives = list(_devices()), list(_collectives())
     plugins = list(_plugins())
