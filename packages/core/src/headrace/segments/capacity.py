@@ -1,4 +1,4 @@
-"""How much host memory may still be taken: the machine's, and the limit of every control group above this process."""
+"""How much host memory may still be taken: the machine's, within the limit of every control group above."""
 
 from __future__ import annotations
 
@@ -48,11 +48,13 @@ def _machine_room(root: Path) -> int | None:
 
 def _cgroup_rooms(root: Path) -> Iterator[int | None]:
     for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0":
             yield from _rooms(root / "sys/fs/cgroup", path, "memory.max", "memory.current")
         elif "memory" in controllers.split(","):
-            yield from _rooms(root / "sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+            yield from _rooms(
+                root / "sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes"
+            )
 
 
 def _rooms(mount: Path, path: str, limit: str, usage: str) -> Iterator[int | None]:

@@ -1,4 +1,4 @@
-"""The folder in which a holder's socket lives: private, locked for the owner's life, swept after its death."""
+"""The folder of a holder's socket: private, locked for the owner's life, swept after its death."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _UNFINISHED_S = 60.0
 class HolderFolder:
     """One holder's folder, `holder-PID-RANDOM` inside the socket folder of the host.
 
-    The lock on its lock file is what says that the owner lives: the kernel drops it at any death, and it holds
-    across containers, where process ids do not.
+    The lock on its lock file is what says that the owner lives: the kernel drops it at any death, and it
+    holds across containers, where process ids do not.
 
     Raises:
-        ConfigError: The socket folder is unsafe, cannot be written, or its path is too long for a unix socket.
+        ConfigError: The socket folder is unsafe, cannot be written, or its path is too long.
     """
 
     def __init__(self, settings: HostSettings) -> None:

@@ -2,8 +2,8 @@
 
     magic 4s | version u16 | kind u16 | payload length u32        little-endian
 
-Requests: `PROBE` (empty), `BORROW` (segment id). Replies: `LENT` (one file descriptor; for a probe the payload is
-the content of the probe memory), `REFUSED` (reason as text). A connection may carry many requests.
+Requests: `PROBE` (empty), `BORROW` (segment id). Replies: `LENT` (one file descriptor; for a probe the
+payload is the content of the probe memory), `REFUSED` (reason as text). A connection may carry many requests.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def take_frame(buffer: bytearray) -> Frame | None:
         message = f"the peer speaks lending protocol {version}, this side {VERSION}; install equal versions"
         raise VersionSkewError(message)
     if length > MAX_PAYLOAD:
-        raise RemoteProtocolError(f"the peer announces a message of {length} bytes; at most {MAX_PAYLOAD} are allowed")
+        raise RemoteProtocolError(
+            f"the peer announces a message of {length} bytes; at most {MAX_PAYLOAD} are allowed"
+        )
     if len(buffer) < HEAD.size + length:
         return None
     payload = bytes(buffer[HEAD.size : HEAD.size + length])
@@ -91,7 +93,9 @@ class Caller:
             raise TransferTimeoutError(message, name=self._path, retryable=True) from None
         except OSError as error:
             close_all(fds)
-            raise PeerLostError(f"holder at {self._path} broke the connection: {error}", name=self._path) from error
+            raise PeerLostError(
+                f"holder at {self._path} broke the connection: {error}", name=self._path
+            ) from error
         except BaseException:
             close_all(fds)
             raise
@@ -141,19 +145,20 @@ class Caller:
             connection.settimeout(left)
             try:
                 connection.connect(self._path)
-                return
             except BlockingIOError:
                 time.sleep(min(left, 0.005))
             except TimeoutError:
                 continue
             except OSError as error:
                 message = (
-                    f"no holder at {self._path or '(no path)'}: {error.strerror or error}; it runs on another host, has "
-                    "ended, or its HEADRACE_SOCKET_DIR is not visible here"
+                    f"no holder at {self._path or '(no path)'}: {error.strerror or error}; it runs on "
+                    "another host, has ended, or its HEADRACE_SOCKET_DIR is not visible here"
                 )
                 raise ConnectError(message, name=self._path, retryable=True) from error
             except ValueError as error:
                 raise ConnectError(f"{self._path!r} is no socket path: {error}", name=self._path) from error
+            else:
+                return
 
 
 def close_all(fds: list[int]) -> None:

@@ -14,7 +14,13 @@ from typing import Self
 import numpy as np
 import torch
 
-from headrace.errors import CapacityError, ConfigError, LocalProtocolError, RemoteProtocolError, TransportError
+from headrace.errors import (
+    CapacityError,
+    ConfigError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    TransportError,
+)
 from headrace.manifest import SegmentDescriptor
 from headrace.segments.capacity import require_memory
 
@@ -36,8 +42,8 @@ class HostSegment:
     Args:
         num_bytes: Size; fixed for life by seals.
         what: What it is for, in messages and in `/proc/PID/fd`.
-        peers_write: Let borrowers map it writable (ring slots shared with a colocated worker). Otherwise a seal
-            keeps every mapping but the owner's read-only, where the kernel has it (5.1).
+        peers_write: Let borrowers map it writable (ring slots shared with a colocated worker). Otherwise a
+            seal keeps every mapping but the owner's read-only, where the kernel has it (5.1).
 
     Attributes:
         fd: The memfd; the segment's until `close`.
@@ -56,7 +62,9 @@ class HostSegment:
             self._tensor: torch.Tensor | None = self._prepare(num_bytes, peers_write=peers_write)
         except OSError as error:
             os.close(self.fd)
-            message = f"{what}: {num_bytes} bytes of memory could not be mapped: {error}; lower the segment size"
+            message = (
+                f"{what}: {num_bytes} bytes of memory could not be mapped: {error}; lower the segment size"
+            )
             raise CapacityError(message, name=what) from error
         self.descriptor = SegmentDescriptor(segment_id=secrets.token_hex(16), num_bytes=num_bytes)
 
@@ -134,7 +142,9 @@ class MappedSegment:
             LocalProtocolError: The mapping is closed.
         """
         if self._tensor is None:
-            raise LocalProtocolError(f"mapping of segment {self.descriptor.segment_id} is closed; borrow it again")
+            raise LocalProtocolError(
+                f"mapping of segment {self.descriptor.segment_id} is closed; borrow it again"
+            )
         return self._tensor
 
     def populate(self, chunk_bytes: int = 64 << 20, between: Callable[[], None] | None = None) -> None:

@@ -44,7 +44,7 @@ class Lender:
     """Passes file descriptors of a holder's segments to processes of permitted users on the same host.
 
     Lives in the holder. Call order: 1. `start`. 2. `lend`, `withdraw`, from any thread. 3. `close`.
-    One daemon thread serves all connections and waits for none of them, so a peer can neither block nor kill it.
+    One daemon thread serves all connections and waits for none of them: a peer can neither block nor kill it.
     """
 
     def __init__(self, settings: HostSettings) -> None:
@@ -283,5 +283,9 @@ def _send(connection: socket.socket, frame: Frame, *fds: int) -> bool:
     """Send without waiting; False where the peer does not read, which ends the connection."""
     data = frame.encode()
     with suppress(OSError):
-        return socket.send_fds(connection, [data], fds) == len(data) if fds else connection.send(data) == len(data)
+        return (
+            socket.send_fds(connection, [data], fds) == len(data)
+            if fds
+            else connection.send(data) == len(data)
+        )
     return False
