@@ -77,16 +77,19 @@ class HostSettings:
         permitted_uids: Users whose processes may open this host's segments.
         bind_host: Address that control and data sockets listen on.
         advertise_host: Address that peers are told to dial.
+        recipe_cache: Folder that keeps proven recipes over restarts of an engine; None keeps them in memory.
     """
 
     socket_dir: Path
     permitted_uids: frozenset[int]
     bind_host: str = "127.0.0.1"
     advertise_host: str = "127.0.0.1"
+    recipe_cache: Path | None = None
 
 
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
-    """Read `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`.
+    """Read `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`,
+    `HEADRACE_RECIPE_CACHE`.
 
     Raises:
         ConfigError: A value makes no sense; names the variable.
@@ -104,5 +107,6 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
         socket_dir=Path(env.get("HEADRACE_SOCKET_DIR") or default),
         permitted_uids=permitted,
         bind_host=bind,
+        recipe_cache=Path(cache) if (cache := env.get("HEADRACE_RECIPE_CACHE")) else None,
         advertise_host=env.get("HEADRACE_ADVERTISE") or ("127.0.0.1" if bind in ("0.0.0.0", "*") else bind),  # noqa: S104
     )

@@ -203,9 +203,10 @@ class Finish(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """Forget the update."""
+    """Forget the update. `spoiled`: what was committed is not what the source holds, so it is `mixed`."""
 
     reason: str
+    spoiled: bool = False
 
 
 # ---- from the coordinator to a holder

@@ -1,0 +1,153 @@
+"""Guardian: a small process that resumes paused engines if their updater dies, and `recover`, its work by hand.
+
+It learns over stdin, line by line, which engines are paused; when stdin closes while some still are, the updater is
+dead and it recovers each: an engine whose ranks are all `old` or all `new` resumes, a mixed one stays paused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from secrets import token_hex
+
+from headrace import wire
+from headrace.config import HostSettings, host_settings
+from headrace.control.hub import Hub
+from headrace.control.keys import new_token
+from headrace.errors import HeadraceError, LocalProtocolError, UpdateFailedError
+from headrace.protocols import EngineControl, Ticket
+from headrace.registry import engine_control
+from headrace.server.switchboard import Peer, Switchboard, ask_all
+
+logger = logging.getLogger(__name__)
+RETRY_S = 1.0
+
+
+def recover(control: EngineControl, host: HostSettings, deadline_s: float = 60.0) -> str:
+    """Resume one paused engine if its weights are whole; returns what was found, for people.
+
+    All ranks `old`: they serve the version they report. All `new` and of one version: that version is confirmed.
+
+    Raises:
+        UpdateFailedError: The ranks disagree or are mixed; the engine stays paused.
+        TransferTimeoutError: Not all receivers could be asked within the deadline.
+    """
+    limit = time.monotonic() + deadline_s
+    board = Switchboard(Hub(host))
+    try:
+        peers = _enrol_free(control, board, limit)
+        version = _verdict(peers)
+        unconfirmed = [peer for peer in peers if getattr(peer.hello, "weights_state", "") == "new"]
+        if unconfirmed and version is not None:
+            ask_all(unconfirmed, wire.Finish(version=version), wire.Finished, 10.0, "finish")
+        for peer in peers:
+            if peer not in unconfirmed:
+                peer.send(wire.Abort(reason="recovery"))
+        if version is None:
+            return f"{control.address}: no rank has weights yet; it stays paused until its first update"
+        control.resume(max(1.0, limit - time.monotonic()))
+        return f"{control.address}: all ranks hold version {version}; resumed"
+    finally:
+        board.close()
+
+
+def _enrol_free(control: EngineControl, board: Switchboard, limit: float) -> list[Peer]:
+    """Enrol until no receiver is busy with the dead update any more."""
+    count = control.expected_receivers(limit - time.monotonic())
+    while True:
+        token, update_id = new_token(), f"recovery-{token_hex(4)}"
+        board.hub.admit(token, count)
+        control.enrol(Ticket(update_id, board.hub.endpoint, board.hub.server_key, token), limit - time.monotonic())
+        peers = board.arrivals(
+            count, lambda p: p.hello.token == token, limit - time.monotonic(), f"receivers of {control.address}"
+        )
+        busy = [peer for peer in peers if isinstance(peer.hello, wire.ReceiverHello) and peer.hello.busy_with]
+        if not busy:
+            return peers
+        for peer in peers:
+            peer.send(wire.Abort(reason="recovery waits"))
+        board.forget(peers)
+        if time.monotonic() + RETRY_S > limit:
+            text = f"{len(busy)} receivers of {control.address} are still busy with an update"
+            raise LocalProtocolError(text, name=control.address, retryable=True)
+        time.sleep(RETRY_S)
+
+
+def _verdict(peers: Sequence[Peer]) -> int | None:
+    """Return the version that every rank's live tensors hold, whole.
+
+    Raises:
+        UpdateFailedError: They differ, or one is mixed.
+    """
+    hellos = [peer.hello for peer in peers if isinstance(peer.hello, wire.ReceiverHello)]
+    held = {h.pending_version if h.weights_state == "new" else h.served_version for h in hellos}
+    if len(held) == 1 and all(hello.weights_state != "mixed" for hello in hellos):
+        return held.pop()
+    found = ", ".join(f"{h.worker} {h.weights_state} {h.pending_version or h.served_version}" for h in hellos)
+    text = f"the ranks hold different weights ({found}); the engine stays paused until the next good update"
+    raise UpdateFailedError(text, weights_state="mixed", phase="recover")
+
+
+class Guardian:
+    """The updater's handle of its guardian process; started once, before the first pause, and kept."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process, if there is none; returns before it is up (its pipe already holds what is told)."""
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "headrace.guardian"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def paused(self, addresses: Sequence[str]) -> None:
+        """Say that these engines are about to be paused."""
+        self._tell({"paused": list(addresses)})
+
+    def resumed(self, addresses: Sequence[str]) -> None:
+        """Say that these engines need no guardian any more (resumed, or paused for good reason)."""
+        self._tell({"resumed": list(addresses)})
+
+    def close(self) -> None:
+        """End the process; idempotent."""
+        if self._process is None or self._process.stdin is None:
+            return
+        self._process.stdin.close()
+        try:
+            self._process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _tell(self, message: dict[str, list[str]]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+
+def main() -> int:
+    """Watch stdin until it closes, then recover what is still paused."""
+    logging.basicConfig(level=logging.WARNING, format="headrace guardian: %(message)s")
+    paused: dict[str, None] = {}
+    for line in sys.stdin:
+        message = json.loads(line)
+        paused |= dict.fromkeys(message.get("paused", ()))
+        for address in message.get("resumed", ()):
+            paused.pop(address, None)
+    failures = 0
+    for address in paused:
+        try:
+            logger.warning("%s", recover(engine_control(address), host_settings()))
+        except HeadraceError as error:
+            failures += 1
+            logger.error("%s was not resumed: %s", address, error)  # noqa: TRY400 - the message is for people
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

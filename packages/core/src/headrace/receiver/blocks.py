@@ -1,0 +1,66 @@
+"""Destinations of a plan as flat bytes: live tensors where they are, and buffers for what the loader must see whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headrace.errors import CapacityError
+from headrace.plan import TransferPlan
+from headrace.recipe import FillTable, LoadRecipe
+from headrace.types import ParamMeta
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the memory that `tensor` spans, from its first element on, as uint8; shares storage."""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    return torch.as_strided(tensor.detach(), (span,), (1,)).view(torch.uint8)
+
+
+@dataclass
+class Destinations:
+    """What `dst_block` of a plan means in this worker.
+
+    Attributes:
+        targets: Live tensors of the recipe, in order.
+        opaque: Source name to a whole tensor that the engine's loader will get, in the plan's order.
+    """
+
+    targets: list[torch.Tensor]
+    opaque: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, recipe: LoadRecipe, plan: TransferPlan, live: Mapping[str, torch.Tensor], device: str) -> Destinations:
+        """Find live tensors and allocate opaque buffers; pages are touched by the first copy into them."""
+        with torch.inference_mode():
+            targets = [live[meta.name] for meta in recipe.targets]
+            metas = [recipe.sources[int(i)] for i in plan.opaque]
+            return cls(targets, {meta.name: _allocate(meta, device) for meta in metas})
+
+    def blocks(self) -> list[torch.Tensor]:
+        """Return all destinations as flat uint8 blocks, targets first."""
+        with torch.inference_mode():
+            return [flat_bytes(tensor) for tensor in (*self.targets, *self.opaque.values())]
+
+    def pointers(self) -> list[int]:
+        """Return where the live tensors lie, to notice that an engine has moved them."""
+        return [tensor.data_ptr() for tensor in self.targets]
+
+
+def _allocate(meta: ParamMeta, device: str) -> torch.Tensor:
+    try:
+        return torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device=device)
+    except RuntimeError as error:
+        message = f"no memory to stage {meta.name} ({meta.num_bytes / 1e6:.1f} MB): {error}"
+        raise CapacityError(message, name=meta.name, phase="stage") from error
+
+
+def write_fills(fills: FillTable, targets: Sequence[torch.Tensor]) -> None:
+    """Write the loader's constants (vocabulary padding) into live tensors."""
+    for row in range(len(fills)):
+        target = targets[int(fills.block[row])]
+        offset = target.storage_offset() + int(fills.base[row])
+        shape, strides = fills.shape[row].tolist(), fills.strides[row].tolist()
+        torch.as_strided(target, shape, strides, offset).fill_(float(fills.value[row]))

@@ -1,0 +1,86 @@
+"""Receiver: one engine worker's door for updates; it dials out when it is enrolled and does nothing before."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from headrace import wire
+from headrace.control.dialer import Dialer
+from headrace.errors import HeadraceError, WeightsState
+from headrace.protocols import InferenceBackend, Ticket
+from headrace.receiver.recipes import RecipeBook
+from headrace.receiver.session import Session
+from headrace.telemetry import Recorder
+from headrace.transports.memory import MemoryTransport
+
+logger = logging.getLogger(__name__)
+
+
+class Receiver:
+    """Takes updates for one worker, one at a time, in a thread of its own.
+
+    Lives in the worker's process. Making one starts nothing; `enrol` starts a thread that ends with the update.
+
+    Attributes:
+        weights_state: `old`: live tensors hold `served_version`; `new`: they hold `pending_version`, which the
+            engine does not report yet; `mixed`: a commit broke off, the engine must stay paused.
+        served_version: Version the engine reports; 0 for what it was started with, None before its first weights.
+        pending_version: Version in the live tensors that not all ranks have confirmed.
+    """
+
+    def __init__(self, backend: InferenceBackend) -> None:
+        self.backend = backend
+        self.weights_state: WeightsState = "old"
+        self.served_version: int | None = None if backend.loaded_from() is None else 0
+        self.pending_version: int | None = None
+        self.recorder = Recorder(f"receiver {backend.identity().worker}")
+        self.recipes = RecipeBook(backend, self.recorder)
+        self.memory = MemoryTransport()
+        self._session: Session | None = None
+        self._lock = threading.Lock()
+
+    def enrol(self, ticket: Ticket) -> None:
+        """Dial the coordinator and take part in its update; returns at once.
+
+        While another update holds this receiver, the new coordinator is told which.
+        """
+        with self._lock:
+            current = self._session
+            if current is not None and current.alive:
+                start, args = self._tell_busy, (ticket, current.ticket.update_id)
+            else:
+                self._session = Session(self, ticket)
+                start, args = self._session.run, ()  # type: ignore[assignment]
+        threading.Thread(target=start, args=args, name="headrace-receiver", daemon=True).start()
+
+    def hello(self, update_id: str, token: str, busy_with: str | None = None) -> wire.ReceiverHello:
+        """Return the message by which this receiver presents itself."""
+        identity = self.backend.identity()
+        return wire.ReceiverHello(
+            update_id=update_id,
+            token=token,
+            worker=identity.worker,
+            world_size=identity.world_size,
+            device=identity.device,
+            weights_state=self.weights_state,
+            served_version=self.served_version,
+            pending_version=self.pending_version,
+            busy_with=busy_with,
+        )
+
+    def close(self) -> None:
+        """Leave a running update (it fails) and release mappings; idempotent."""
+        if self._session is not None:
+            self._session.leave()
+        self.memory.close()
+
+    def _tell_busy(self, ticket: Ticket, holder: str) -> None:
+        dialer = Dialer(ticket.endpoint, ticket.server_key)
+        try:
+            dialer.send(self.hello(ticket.update_id, ticket.token, busy_with=holder))
+            dialer.receive(10.0)
+        except HeadraceError as error:
+            logger.info("update %s was told that %s is running: %s", ticket.update_id, holder, error)
+        finally:
+            dialer.close(linger_s=1.0)

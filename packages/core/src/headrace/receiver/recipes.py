@@ -1,0 +1,122 @@
+"""RecipeBook: which recipe this worker trusts for a source, and how a recipe comes to be trusted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from headrace.config import host_settings
+from headrace.errors import CheckpointError
+from headrace.planner import check_fit
+from headrace.protocols import InferenceBackend
+from headrace.recording import RecipeCache, opaque_recipe, prove, record, whole_tensors
+from headrace.recipe import LoadRecipe
+from headrace.store.checkpoint import CheckpointSource
+from headrace.telemetry import Recorder
+from headrace.types import ParamTable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What to update with now, and what was recorded but not yet proven."""
+
+    recipe: LoadRecipe
+    unproven: LoadRecipe | None
+
+
+class RecipeBook:
+    """Recipes of one worker, by the source's names, dtypes and shapes. Not thread-safe; used by one session at a time."""
+
+    def __init__(self, backend: InferenceBackend, recorder: Recorder) -> None:
+        self._backend = backend
+        self._recorder = recorder
+        self._entries: dict[str, Entry] = {}
+        self._cache = RecipeCache(host_settings().recipe_cache)
+        self._untouched = True
+
+    def known(self, metas_key: str) -> Entry | None:
+        """Return the entry for a source, if one was made."""
+        return self._entries.get(metas_key)
+
+    def entry(self, metas: ParamTable) -> Entry:
+        """Return the recipe to use for a source: recorded and, where the engine's own checkpoint allows, proven.
+
+        Raises:
+            ManifestMismatchError: The source does not fit the model; lists every difference.
+            UncoveredRegionError: The source leaves live tensors unfilled.
+        """
+        entry = self._entries.get(metas.key)
+        if entry is None:
+            entry = self._entries[metas.key] = self._make(metas)
+        return entry
+
+    def touched(self) -> None:
+        """Note that live tensors no longer hold what the engine loaded at its start."""
+        self._untouched = False
+
+    def prove_with(self, metas_key: str, sources: Mapping[str, torch.Tensor]) -> None:
+        """Compare a recorded recipe with what the engine's loader has just made of `sources` (whole tensors)."""
+        entry = self._entries[metas_key]
+        if entry.unproven is None:
+            return
+        with self._recorder.span("prove"):
+            recipe = prove(entry.unproven, self._live(), sources.__getitem__, reload_unit=self._backend.reload_unit)
+        self._keep(metas_key, recipe)
+
+    def _make(self, metas: ParamTable) -> Entry:
+        identity = self._backend.identity()
+        cached = self._cache.get(identity.layout, metas)
+        if cached is not None:
+            return Entry(cached, None)
+        skeleton = self._backend.skeleton()
+        if skeleton is None:
+            return Entry(opaque_recipe(metas, self._live()), None)
+        with self._recorder.span("record"):
+            recorded = record(
+                skeleton,
+                metas,
+                live=self._live(),
+                reload_unit=self._backend.reload_unit,
+                optional=self._backend.optional,
+                derived=self._backend.derived(),
+                can_rederive=self._backend.rederive(()),
+            )
+        check_fit(recorded, metas)
+        return self._proven_at_start(recorded, metas) or Entry(
+            replace(opaque_recipe(metas, self._live()), unused=recorded.unused), recorded
+        )
+
+    def _proven_at_start(self, recorded: LoadRecipe, metas: ParamTable) -> Entry | None:
+        """Prove against the checkpoint that the engine was started from, while its weights still are those."""
+        folder = self._backend.loaded_from()
+        if not self._untouched or folder is None or not Path(folder).exists():
+            return None
+        try:
+            source = CheckpointSource(folder)
+        except CheckpointError as error:
+            logger.warning("the engine's own checkpoint cannot prove its recipe: %s", error)
+            return None
+        try:
+            if source.metadata() != metas:
+                return None
+            with self._recorder.span("prove"):
+                recipe = prove(
+                    recorded, self._live(), whole_tensors(source), reload_unit=self._backend.reload_unit
+                )
+        finally:
+            source.close()
+        return self._keep(metas.key, recipe)
+
+    def _keep(self, metas_key: str, recipe: LoadRecipe) -> Entry:
+        self._cache.put(self._backend.identity().layout, recipe)
+        entry = self._entries[metas_key] = Entry(recipe, None)
+        return entry
+
+    def _live(self) -> Mapping[str, torch.Tensor]:
+        return self._backend.live_tensors()

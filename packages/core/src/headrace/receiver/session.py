@@ -1,0 +1,263 @@
+"""Session: one receiver's part in one update, from Hello to Finished, as a state machine over messages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from headrace import wire
+from headrace.control.dialer import Dialer
+from headrace.digests import digest
+from headrace.errors import ApplyError, HeadraceError, LocalProtocolError, PeerLostError, RemoteFailure
+from headrace.pipeline import RingSignals
+from headrace.planner import receiver_digests
+from headrace.protocols import Ticket
+from headrace.receiver.blocks import Destinations, write_fills
+from headrace.receiver.delivery import (
+    Delivery,
+    Differences,
+    DirectDelivery,
+    RingDelivery,
+    broadcast_feed,
+    tcp_feed,
+)
+from headrace.recipe import LoadRecipe
+from headrace.registry import load
+from headrace.segments.lending import borrow, probe
+
+if TYPE_CHECKING:
+    from headrace.receiver.receiver import Receiver
+
+logger = logging.getLogger(__name__)
+PROBE_DEADLINE_S = 2.0
+FETCH_DEADLINE_S = 300.0
+
+
+class Session:
+    """The states are the messages that may come next; anything else is refused.
+
+    enrolled -Describe-> described -Stage-> staged -Prepare-> prepared -Commit-> committed -Finish-> (over)
+    and from each of them -Abort-> (over). `Commit` may repeat.
+    """
+
+    def __init__(self, receiver: Receiver, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.alive = True
+        self._receiver = receiver
+        self._backend = receiver.backend
+        self._dialer: Dialer | None = None
+        self._state = "enrolled"
+        self._version = -1
+        self._metas_key = ""
+        self._recipe: LoadRecipe | None = None
+        self._delivery: Delivery | None = None
+        self._targets: Destinations | None = None
+        self._pointers: list[int] = []
+        self._verify = "none"
+        self._handlers: dict[str, dict[type[wire.Message], Callable[..., wire.Message]]] = {
+            "enrolled": {wire.Describe: self._describe, wire.Finish: self._finish},
+            "described": {wire.Stage: self._stage},
+            "staged": {wire.Prepare: self._prepare},
+            "prepared": {wire.Commit: self._commit},
+            "committed": {wire.Commit: self._commit, wire.Finish: self._finish},
+        }
+
+    def run(self) -> None:
+        """Take part until the end, whatever happens; the body of the receiver's thread."""
+        dialer = self._dialer = Dialer(self.ticket.endpoint, self.ticket.server_key)
+        try:
+            dialer.send(self._receiver.hello(self.ticket.update_id, self.ticket.token))
+            while self.alive:
+                self._take(dialer, dialer.receive(None))
+        except PeerLostError as error:
+            logger.warning("update %s: the updater is gone (%s); %s", self.ticket.update_id, error, self._aftermath())
+        except HeadraceError as error:
+            logger.warning("update %s could not enrol: %s", self.ticket.update_id, error)
+        finally:
+            self._forget()
+            dialer.close(linger_s=2.0)
+            self.alive = False
+
+    def leave(self) -> None:
+        """Break off; the coordinator sees this receiver as lost."""
+        self.alive = False
+        if self._dialer is not None:
+            self._dialer.close(linger_s=0.0)
+
+    def _take(self, dialer: Dialer, message: wire.AnyMessage) -> None:
+        """Answer one message; what fails goes to the coordinator as data: this is the rank boundary."""
+        if isinstance(message, wire.Abort):
+            self._forget()
+            if message.spoiled and self._state == "committed":
+                self._receiver.weights_state = "mixed"
+            dialer.send(wire.Aborted(weights_state=self._receiver.weights_state))
+            self.alive = False
+            return
+        phase = type(message).__name__.lower()
+        try:
+            handler = self._handlers[self._state].get(type(message))
+            if handler is None:
+                text = f"{type(message).__name__} has no place in state {self._state!r}"
+                raise LocalProtocolError(text)
+            with torch.inference_mode():
+                reply = handler(message)
+        except Exception as error:  # noqa: BLE001 - the rank boundary
+            logger.warning("update %s failed in %s: %s", self.ticket.update_id, phase, error)
+            state = self._receiver.weights_state
+            reply = wire.Failed(failure=RemoteFailure.of(error, phase=phase, weights_state=state))
+        dialer.send(reply)
+        if isinstance(reply, wire.Finished):
+            self.alive = False
+            self._prove()
+
+    def _describe(self, message: wire.Describe) -> wire.Message:
+        book, recorder = self._receiver.recipes, self._receiver.recorder
+        entry = book.known(message.metas_key)
+        if entry is None:
+            if message.metas is None:
+                return wire.NeedMetas()
+            entry = book.entry(message.metas)
+        self._recipe, self._metas_key = entry.recipe, message.metas_key
+        reachable = tuple(
+            h.holder_id for h in message.holders if h.unix_socket and probe(h.unix_socket, PROBE_DEADLINE_S)
+        )
+        self._state = "described"
+        known = entry.recipe.key in message.known_recipes
+        return wire.Described(
+            recipe_key=entry.recipe.key,
+            recipe=None if known else entry.recipe,
+            reachable=reachable,
+            budget_bytes=self._backend.free_memory_bytes(),
+            first=entry.unproven is not None or message.metas is not None,
+            spans=tuple(recorder.drain()),
+        )
+
+    def _stage(self, message: wire.Stage) -> wire.Message:
+        recipe = self._known_recipe()
+        self._version, self._verify = message.version, message.verify
+        device = self._backend.identity().device
+        targets = self._targets = Destinations.of(recipe, message.plan, self._backend.live_tensors(), device)
+        self._pointers = targets.pointers()
+        self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
+        self._delivery.stage(FETCH_DEADLINE_S)
+        self._state = "staged"
+        return wire.Staged(spans=tuple(self._receiver.recorder.drain()))
+
+    def _deliver(self, message: wire.Stage, blocks: list[torch.Tensor], names: list[str]) -> Delivery:
+        plan, recorder = message.plan, self._receiver.recorder
+        differences = Differences(plan, names)
+        if plan.ring.mode == "none":
+            memory = self._receiver.memory
+            return DirectDelivery(plan, message.holders, memory, blocks, differences, recorder)
+        if message.ring is not None:
+            address = message.ring
+            ring = borrow(address.holder.unix_socket, address.ring, PROBE_DEADLINE_S)
+            signals = borrow(address.holder.unix_socket, address.signals, PROBE_DEADLINE_S, writable=True)
+            words = RingSignals(signals.tensor)
+            feed = broadcast_feed(plan, ring.tensor, words, address.slot_index, FETCH_DEADLINE_S, self._check_alive)
+        else:
+            transport = load("headrace.transports", plan.transport)()
+            feed = tcp_feed(plan, message.holders, transport, FETCH_DEADLINE_S)
+        return RingDelivery(plan, feed, blocks, differences, recorder)
+
+    def _prepare(self, _message: wire.Prepare) -> wire.Message:
+        """Vote: the engine is paused and live tensors lie where the copies were built for."""
+        targets = self._targets
+        if targets is None or targets.pointers() != self._pointers:
+            message = "the engine moved its parameters between stage and commit"
+            raise ApplyError(message, phase="prepare", retryable=True)
+        self._state = "prepared"
+        return wire.Prepared()
+
+    def _commit(self, message: wire.Commit) -> wire.Message:
+        recipe, targets, delivery = self._known_recipe(), self._targets, self._delivery
+        if targets is None or delivery is None:
+            raise LocalProtocolError("a commit needs a stage first", phase="commit")
+        receiver, recorder = self._receiver, self._receiver.recorder
+        begin = time.monotonic()
+        with recorder.span("commit"), self._backend.commit_scope():
+            delivery.commit(message.deadline_s, self._writing, compare=self._verify == "full")
+            write_fills(recipe.fills, targets.targets)
+            self._reload(targets)
+            self._backend.rederive(tuple(self._backend.derived()))
+        sums = np.zeros(0, np.uint64)
+        if self._verify == "digest":
+            with recorder.span("verify"):
+                sums = self._digests(recipe, targets)
+        receiver.weights_state, receiver.pending_version = "new", self._version
+        self._state = "committed"
+        logger.info("version %d is in place after %.3f s", self._version, time.monotonic() - begin)
+        return wire.Committed(digests=sums, spans=tuple(recorder.drain()))
+
+    def _writing(self) -> None:
+        """From here on live tensors are neither old nor new, until the commit has ended."""
+        self._receiver.weights_state = "mixed"
+        self._receiver.recipes.touched()
+
+    def _digests(self, recipe: LoadRecipe, targets: Destinations) -> np.ndarray:
+        blocks = targets.blocks()
+        return digest(receiver_digests(recipe), blocks, num_groups=len(blocks))
+
+    def _reload(self, targets: Destinations) -> None:
+        """Give opaque sources to the engine's own loader, inside its reload life cycle."""
+        if not targets.opaque:
+            return
+        with self._receiver.recorder.span("load"):
+            self._writing()
+            try:
+                self._backend.begin_reload()
+                self._backend.load(targets.opaque.items())
+                self._backend.end_reload()
+            except HeadraceError:
+                raise
+            except Exception as error:
+                message = f"the engine's loader refused the weights: {type(error).__name__}: {error}"
+                raise ApplyError(message, phase="commit", weights_state="mixed") from error
+
+    def _finish(self, message: wire.Finish) -> wire.Message:
+        receiver = self._receiver
+        if receiver.pending_version != message.version:
+            text = f"version {message.version} was not committed here; pending is {receiver.pending_version}"
+            raise LocalProtocolError(text, phase="finish")
+        self._backend.set_version(message.version)
+        receiver.served_version, receiver.pending_version, receiver.weights_state = message.version, None, "old"
+        return wire.Finished(spans=tuple(receiver.recorder.drain()))
+
+    def _prove(self) -> None:
+        """After a first update through the loader: what it made is the proof of the recorded recipe."""
+        targets, metas_key = self._targets, self._metas_key
+        if targets is None or not targets.opaque:
+            return
+        try:
+            with torch.inference_mode():
+                self._receiver.recipes.prove_with(metas_key, targets.opaque)
+        except HeadraceError as error:
+            logger.warning("the recorded recipe could not be proven, updates stay with the loader: %s", error)
+
+    def _known_recipe(self) -> LoadRecipe:
+        if self._recipe is None:
+            raise LocalProtocolError("a receiver is described before it is asked for more")
+        return self._recipe
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise PeerLostError("the session ended")
+
+    def _aftermath(self) -> str:
+        state = self._receiver.weights_state
+        return {
+            "old": "the old weights serve on",
+            "new": f"version {self._version} is in place and waits for a guardian or the next update",
+            "mixed": "the weights are mixed, the engine must stay paused until the next good update",
+        }[state]
+
+    def _forget(self) -> None:
+        if self._delivery is not None:
+            self._delivery.close()
+            self._delivery = None
+        self._targets = None

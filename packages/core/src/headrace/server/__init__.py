@@ -1,0 +1,1 @@
+"""The parameter server role: it coordinates updates and owns the holders."""

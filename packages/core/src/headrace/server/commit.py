@@ -1,0 +1,188 @@
+"""The pause of one engine instance: stop, vote, commit, check, confirm, go on - and the way back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from headrace import wire
+from headrace.config import UpdateSettings
+from headrace.errors import FailureKey, HeadraceError, IntegrityError, UpdateFailedError
+from headrace.plan import TransferPlan
+from headrace.protocols import EngineControl
+from headrace.recipe import LoadRecipe
+from headrace.server.switchboard import Peer, ask_all, failed
+from headrace.telemetry import Recorder
+from headrace.types import U64
+
+logger = logging.getLogger(__name__)
+ABORT_S = 5.0
+COMMIT_ATTEMPTS = 2
+
+
+@dataclass
+class Member:
+    """One receiver of the update and what was planned for it.
+
+    Attributes:
+        peer: The conversation with it.
+        recipe: What it needs.
+        plan: What it does.
+        expected: Sums that its live tensors must have; None where nothing is compared.
+    """
+
+    peer: Peer
+    recipe: LoadRecipe
+    plan: TransferPlan | None = None
+    expected: U64 | None = None
+
+
+@dataclass
+class Instance:
+    """One engine address and how far its update got.
+
+    Attributes:
+        control: How the updater talks to the engine.
+        target: The engine as the user named it, for the guardian; None for a control object of the caller.
+        token: What its receivers present; tells them from those of other instances.
+        num_receivers: How many must dial in.
+        peers: Receivers that have.
+        members: Receivers that have said what they need, by rank.
+        paused: Whether it was paused and not resumed.
+        writing: Whether a commit was ordered.
+        spoiled: Whether committed bytes were found wrong.
+        done: Whether it serves the new version.
+        stall_s: Seconds from pause to resume.
+    """
+
+    control: EngineControl
+    target: str | None
+    token: str
+    num_receivers: int = 0
+    peers: list[Peer] = field(default_factory=list)
+    members: list[Member] = field(default_factory=list)
+    paused: bool = False
+    writing: bool = False
+    spoiled: bool = False
+    done: bool = False
+    stall_s: float = 0.0
+
+
+def commit_instance(instance: Instance, version: int, settings: UpdateSettings, recorder: Recorder) -> None:
+    """Bring one paused-for-it engine to `version`; it has resumed when this returns. Blocking.
+
+    Raises:
+        UpdateFailedError: A rank failed; `weights_state` says what the instance holds. It is still paused.
+    """
+    limits, begin = settings.deadlines, time.monotonic()
+    with recorder.span("stall"):
+        with recorder.span("pause"):
+            instance.paused = True
+            instance.control.pause(settings.cache, limits.pause_s)
+        with recorder.span("prepare"):
+            ask_all(instance.peers, wire.Prepare(), wire.Prepared, limits.pause_s, "prepare")
+        with recorder.span("commit"):
+            _commit_ranks(instance, limits.commit_s)
+        with recorder.span("finish"):
+            ask_all(instance.peers, wire.Finish(version=version), wire.Finished, limits.commit_s, "finish")
+        with recorder.span("resume"):
+            instance.control.resume(limits.pause_s)
+            instance.paused = False
+    instance.stall_s, instance.done = time.monotonic() - begin, True
+
+
+def _commit_ranks(instance: Instance, deadline_s: float) -> None:
+    """Commit on all ranks; copies are absolute, so what failed or differs on a live rank is written again."""
+    instance.writing = True
+    todo = instance.members
+    for attempt in range(1, COMMIT_ATTEMPTS + 1):
+        for member in todo:
+            member.peer.send(wire.Commit(deadline_s=deadline_s))
+        errors = _gather_commits(todo, deadline_s)
+        if not errors:
+            return
+        if attempt == COMMIT_ATTEMPTS or any(peer.lost for peer in instance.peers):
+            instance.spoiled = any(isinstance(error, IntegrityError) for error in errors.values())
+            raise _broken(errors, instance)
+        logger.warning("commit attempt %d failed, writing again: %s", attempt, next(iter(errors.values())))
+        todo = [member for member in todo if member.peer.key in errors]
+
+
+def _gather_commits(members: Sequence[Member], deadline_s: float) -> dict[FailureKey, HeadraceError]:
+    errors: dict[FailureKey, HeadraceError] = {}
+    limit = time.monotonic() + deadline_s
+    for member in members:
+        try:
+            answer = member.peer.expect(wire.Committed, limit - time.monotonic(), "commit")
+            _check_sums(member, answer.digests)
+        except HeadraceError as error:
+            errors[member.peer.key] = error
+    return errors
+
+
+def _check_sums(member: Member, found: np.ndarray) -> None:
+    """Compare what a receiver's live tensors hold with what the holders sent.
+
+    Raises:
+        IntegrityError: Names the first parameters that differ.
+    """
+    if member.expected is None:
+        return
+    wrong = np.flatnonzero(found != member.expected)
+    if len(wrong):
+        names = [_group_name(int(group), member) for group in wrong[:5]]
+        text = f"{len(wrong)} parameters differ from their source: {', '.join(names)}"
+        raise IntegrityError(text, name=names[0], phase="verify", weights_state="mixed")
+
+
+def _group_name(group: int, member: Member) -> str:
+    """Return the parameter behind a digest: a live tensor, or a source that went through the loader."""
+    targets = member.recipe.targets
+    if group < len(targets) or member.plan is None:
+        return targets[group].name
+    return member.recipe.sources[int(member.plan.opaque[group - len(targets)])].name
+
+
+def _broken(errors: dict[FailureKey, HeadraceError], instance: Instance) -> UpdateFailedError:
+    error = failed(errors, "commit")
+    if len(errors) < len(instance.members) and error.weights_state == "old":
+        error.weights_state = "mixed"
+    return error
+
+
+def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> bool:
+    """Have an instance's receivers forget the update and resume it if its weights are whole and old.
+
+    Returns:
+        Whether the instance holds whole weights of one version.
+    """
+    if instance.done:
+        return True
+    for peer in instance.peers:
+        if not peer.lost:
+            peer.send(wire.Abort(reason=str(reason), spoiled=instance.spoiled))
+    states = {_aborted_state(peer) for peer in instance.peers}
+    whole = states <= {"old"} or not instance.writing
+    if whole and instance.paused:
+        with suppress(HeadraceError):
+            instance.control.resume(resume_s)
+            instance.paused = False
+    return whole
+
+
+def _aborted_state(peer: Peer) -> str:
+    """Wait for a receiver's `Aborted`, past whatever it had sent before; `lost` where none comes."""
+    limit = time.monotonic() + ABORT_S
+    while not peer.lost and time.monotonic() < limit:
+        try:
+            answer = peer.expect(wire.Message, limit - time.monotonic(), "abort")
+        except HeadraceError:
+            continue
+        if isinstance(answer, wire.Aborted):
+            return answer.weights_state
+    return "lost"

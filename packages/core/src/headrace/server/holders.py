@@ -1,0 +1,152 @@
+"""HolderPool: the holders of one source - in this process, in processes of their own, or torchrun ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from headrace import wire
+from headrace.config import Deadlines, HostSettings
+from headrace.control.keys import new_token
+from headrace.errors import HeadraceError, PeerLostError
+from headrace.holder import Holder, HolderTicket
+from headrace.manifest import Manifest
+from headrace.protocols import WeightSource
+from headrace.segments.folders import sweep
+from headrace.server.switchboard import Peer, Switchboard, ask_all
+
+logger = logging.getLogger(__name__)
+STARTUP_S = 60.0
+ProgressCallback = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """What holders hold: a checkpoint folder that each reads a part of, or a source in this process."""
+
+    checkpoint: str | None = None
+    source: WeightSource | None = None
+
+
+class HolderPool:
+    """Starts holders, tells them what to publish, and ends them. Used by one thread.
+
+    With a checkpoint, every holder is a process that reads its part. With a source in this process, holder 0 is a
+    thread here and holds everything; further holders are processes that only pass broadcasts on.
+    """
+
+    def __init__(self, spec: SourceSpec, switchboard: Switchboard, host: HostSettings) -> None:
+        self._spec = spec
+        self._switchboard = switchboard
+        self._host = host
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._threads: list[threading.Thread] = []
+        self._tickets: list[HolderTicket] = []
+        self.peers: list[Peer] = []
+        self.manifests: list[Manifest] = []
+        self.published: int | None = None
+
+    def ensure(self, count: int) -> None:
+        """Have at least `count` live holders; a checkpoint is divided again when their number changes.
+
+        Raises:
+            TransferTimeoutError: A holder did not come up.
+        """
+        if len(self.peers) >= count and not any(peer.lost for peer in self.peers):
+            return
+        self.stop()
+        tickets = [self._ticket(index) for index in range(count)]
+        for ticket in tickets:
+            self._start(ticket, count)
+        tokens = {ticket.token for ticket in tickets}
+        found = self._switchboard.arrivals(
+            count, lambda p: isinstance(p.hello, wire.HolderHello) and p.hello.token in tokens, STARTUP_S, "holders"
+        )
+        self.peers = sorted(found, key=lambda peer: peer.key)
+
+    def publish(self, version: int, deadlines: Deadlines, progress: ProgressCallback | None = None) -> list[Manifest]:
+        """Have every holder complete `version`; returns their manifests by holder index.
+
+        Raises:
+            UpdateFailedError: A holder could not; earlier versions are untouched.
+        """
+        done = dict.fromkeys((peer.key for peer in self.peers), (0, 0))
+
+        def watch(peer: Peer) -> Callable[[wire.Progress], None]:
+            def told(message: wire.Progress) -> None:
+                done[peer.key] = (message.done_bytes, message.total_bytes)
+                if progress is not None:
+                    progress("read", sum(d for d, _ in done.values()), sum(t for _, t in done.values()))
+
+            return told
+
+        for peer in self.peers:
+            peer.on_progress = watch(peer)
+        answers = ask_all(self.peers, wire.Publish(version=version), wire.Published, deadlines.read_s, "read")
+        self.published = version
+        self.manifests = [answers[peer.key].manifest for peer in self.peers]
+        return self.manifests
+
+    def stop(self) -> None:
+        """End all holders, whatever state they are in, and remove what they left behind; idempotent."""
+        for peer in self.peers:
+            if not peer.lost:
+                peer.send(wire.Shutdown())
+        limit = time.monotonic() + 5.0
+        for process in self._processes:
+            self._end(process, limit)
+        for thread in self._threads:
+            thread.join(max(0.0, limit - time.monotonic()))
+        self._switchboard.forget(self.peers)
+        self._processes, self._threads, self.peers, self.manifests, self.published = [], [], [], [], None
+        sweep(self._host.socket_dir)
+
+    def _ticket(self, index: int) -> HolderTicket:
+        token = new_token()
+        hub = self._switchboard.hub
+        hub.admit(token, 1)
+        return HolderTicket(hub.endpoint, hub.server_key, token, index)
+
+    def _start(self, ticket: HolderTicket, count: int) -> None:
+        if self._spec.source is not None and ticket.index == 0:
+            holder = Holder(self._spec.source, ticket, self._host, owns_source=False)
+            thread = threading.Thread(target=_contained, args=(holder,), name="headrace-holder-0", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+            return
+        spec = {
+            "ticket": asdict(ticket),
+            "checkpoint": self._spec.checkpoint,
+            "parts": count,
+            "part": ticket.index,
+            "log_level": logging.getLevelName(logger.getEffectiveLevel()),
+        }
+        process = subprocess.Popen([sys.executable, "-m", "headrace.holder"], stdin=subprocess.PIPE)
+        self._processes.append(process)
+        if process.stdin is None:
+            raise PeerLostError("a holder process was started without a pipe")
+        process.stdin.write(json.dumps(spec).encode() + b"\n")
+        process.stdin.flush()
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes], limit: float) -> None:
+        try:
+            process.wait(max(0.1, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def _contained(holder: Holder) -> None:
+    try:
+        holder.run()
+    except HeadraceError as error:
+        logger.warning("the holder in this process ended: %s", error)

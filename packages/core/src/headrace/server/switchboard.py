@@ -1,0 +1,224 @@
+"""Switchboard: the coordinator's conversations, one mailbox per connected receiver or holder."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from headrace import wire
+from headrace.control.hub import Hub
+from headrace.control.peers import Event, Lost, PeerId
+from headrace.errors import (
+    FailureKey,
+    HeadraceError,
+    PeerLostError,
+    RemoteFailure,
+    RemoteProtocolError,
+    TransferTimeoutError,
+    TransportClosedError,
+    UpdateFailedError,
+    WeightsState,
+)
+from headrace.telemetry import Span
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=wire.Message)
+_POLL_S = 1.0
+
+
+class Peer:
+    """One admitted peer: who it said it is, and what it has sent that nobody took yet."""
+
+    def __init__(self, hub: Hub, peer_id: PeerId, hello: wire.ReceiverHello | wire.HolderHello) -> None:
+        self.id = peer_id
+        self.hello = hello
+        self.spans: list[Span] = []
+        self.on_progress: Callable[[wire.Progress], None] | None = None
+        self._hub = hub
+        self._inbox: queue.SimpleQueue[wire.AnyMessage | Lost] = queue.SimpleQueue()
+        self._lost: Lost | None = None
+
+    @property
+    def key(self) -> FailureKey:
+        """(instance, rank) of a receiver, ("holder", index) of a holder."""
+        hello = self.hello
+        if isinstance(hello, wire.ReceiverHello):
+            return (hello.worker.instance, hello.worker.rank)
+        return ("holder", hello.index)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection is gone."""
+        return self._lost is not None
+
+    def deliver(self, message: wire.AnyMessage | Lost) -> None:
+        """Put what the hub received into the mailbox; from the pump's thread."""
+        if isinstance(message, Lost):
+            self._lost = message
+        if isinstance(message, wire.Progress) and self.on_progress is not None:
+            self.on_progress(message)
+            return
+        self._inbox.put(message)
+
+    def send(self, message: wire.Message) -> None:
+        """Send without waiting."""
+        self._hub.send(self.id, message)
+
+    def expect(self, kind: type[M], deadline_s: float, phase: str) -> M:
+        """Wait for the next message and return it, if it is of `kind`.
+
+        Raises:
+            HeadraceError: The peer's own failure, rebuilt.
+            PeerLostError: The peer died.
+            TransferTimeoutError: Nothing came within the deadline.
+            RemoteProtocolError: Something else came.
+        """
+        if self._lost is not None and self._inbox.empty():
+            raise self._gone(phase)
+        try:
+            message = self._inbox.get(timeout=max(0.0, deadline_s))
+        except queue.Empty:
+            text = f"{_label(self.key)} did not answer within {deadline_s:.1f} s in {phase}"
+            raise TransferTimeoutError(text, phase=phase, rank=self.key[1]) from None
+        if isinstance(message, Lost):
+            raise self._gone(phase)
+        if isinstance(message, wire.Failed):
+            raise message.failure.to_error()
+        self.spans += getattr(message, "spans", ())
+        if not isinstance(message, kind):
+            text = f"{_label(self.key)} sent {type(message).__name__} in {phase}, expected {kind.__name__}"
+            raise RemoteProtocolError(text, phase=phase, rank=self.key[1])
+        return message
+
+    def _gone(self, phase: str) -> PeerLostError:
+        reason = self._lost.reason if self._lost else "unknown"
+        text = f"{_label(self.key)} was lost in {phase}: {reason}"
+        return PeerLostError(text, phase=phase, rank=self.key[1])
+
+
+def _label(key: FailureKey) -> str:
+    return f"holder {key[1]}" if key[0] == "holder" else f"worker {key[1]} of instance {key[0]}"
+
+
+class Switchboard:
+    """Reads the hub in one thread and sorts what comes into mailboxes. Owns the hub."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self._peers: dict[PeerId, Peer] = {}
+        self._arrived: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._pump, name="headrace-switchboard", daemon=True)
+        self._thread.start()
+
+    def arrivals(self, count: int, wanted: Callable[[Peer], bool], deadline_s: float, what: str) -> list[Peer]:
+        """Wait until `count` peers that are `wanted` have presented themselves.
+
+        Raises:
+            TransferTimeoutError: Fewer came within the deadline; says which came.
+        """
+        limit = time.monotonic() + deadline_s
+        found: list[Peer] = []
+        while len(found) < count:
+            try:
+                peer = self._arrived.get(timeout=max(0.0, limit - time.monotonic()))
+            except queue.Empty:
+                came = ", ".join(_label(peer.key) for peer in found) or "nobody"
+                text = f"{count - len(found)} of {count} {what} did not dial in within {deadline_s:.0f} s; came: {came}"
+                raise TransferTimeoutError(text, phase="enrol", retryable=True) from None
+            if wanted(peer):
+                found.append(peer)
+        return found
+
+    def forget(self, peers: Sequence[Peer]) -> None:
+        """Drop peers whose part is over."""
+        for peer in peers:
+            self._peers.pop(peer.id, None)
+            self.hub.forget(peer.id)
+
+    def close(self) -> None:
+        """Close the hub; idempotent."""
+        self._closed.set()
+        self._thread.join(2 * _POLL_S)
+        self.hub.close()
+
+    def _pump(self) -> None:
+        while not self._closed.is_set():
+            try:
+                event = self.hub.receive(_POLL_S)
+            except TransferTimeoutError:
+                continue
+            except TransportClosedError:
+                return
+            self._sort(event)
+
+    def _sort(self, event: Event) -> None:
+        if isinstance(event, Lost):
+            peer = self._peers.pop(event.peer, None)
+            if peer is not None:
+                peer.deliver(event)
+            return
+        peer_id, message = event.peer, event.message
+        known = self._peers.get(peer_id)
+        if known is not None:
+            known.deliver(message)
+        elif isinstance(message, wire.ReceiverHello | wire.HolderHello):
+            peer = self._peers[peer_id] = Peer(self.hub, peer_id, message)
+            self._arrived.put(peer)
+
+
+def ask_all(
+    peers: Sequence[Peer],
+    message: Callable[[Peer], wire.Message] | wire.Message,
+    kind: type[M],
+    deadline_s: float,
+    phase: str,
+) -> dict[FailureKey, M]:
+    """Ask every peer at once and wait for all answers, within one deadline.
+
+    Raises:
+        UpdateFailedError: At least one peer failed; holds the failure of every one that did.
+    """
+    for peer in peers:
+        peer.send(message(peer) if callable(message) else message)
+    return gather(peers, kind, deadline_s, phase)
+
+
+def gather(peers: Sequence[Peer], kind: type[M], deadline_s: float, phase: str) -> dict[FailureKey, M]:
+    """Wait for one answer of every peer, within one deadline.
+
+    Raises:
+        UpdateFailedError: At least one peer failed; holds the failure of every one that did.
+    """
+    limit = time.monotonic() + deadline_s
+    answers: dict[FailureKey, M] = {}
+    errors: dict[FailureKey, HeadraceError] = {}
+    for peer in peers:
+        try:
+            answers[peer.key] = peer.expect(kind, limit - time.monotonic(), phase)
+        except HeadraceError as error:
+            errors[peer.key] = error
+    if errors:
+        raise failed(errors, phase)
+    return answers
+
+
+def failed(errors: Mapping[FailureKey, HeadraceError], phase: str) -> UpdateFailedError:
+    """Return one error that carries those of all ranks."""
+    failures = {key: RemoteFailure.of(error, phase=phase, weights_state=error.weights_state) for key, error in errors.items()}
+    key, first = next(iter(errors.items()))
+    more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
+    states: set[WeightsState] = {error.weights_state for error in errors.values()}
+    return UpdateFailedError(
+        f"{_label(key)} failed in {phase}: {first}{more}",
+        failures,
+        phase=phase,
+        rank=key[1],
+        name=first.name,
+        retryable=all(error.retryable for error in errors.values()),
+        weights_state="mixed" if "mixed" in states or len(states) > 1 else states.pop(),
+    )

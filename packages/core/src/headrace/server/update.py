@@ -1,0 +1,300 @@
+"""One update's life: enrol, publish, describe, plan, stage, then each instance's pause - or the way back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import TypeVar
+
+import numpy as np
+
+from headrace import wire
+from headrace.config import UpdateSettings
+from headrace.control.keys import new_token
+from headrace.errors import FailureKey, HeadraceError, LocalProtocolError, ManifestMismatchError
+from headrace.manifest import Manifest
+from headrace.plan import UpdatePlan
+from headrace.planner import Planner, ReceiverNeeds
+from headrace.protocols import EngineControl, Ticket
+from headrace.recipe import LoadRecipe
+from headrace.server.broadcast import BroadcastRun, RingHost, pair_with_holders
+from headrace.server.commit import Instance, Member, commit_instance, take_back
+from headrace.guardian import Guardian
+from headrace.server.holders import HolderPool, ProgressCallback
+from headrace.server.switchboard import Peer, Switchboard, failed, gather
+from headrace.server.versions import next_version
+from headrace.telemetry import Recorder
+from headrace.types import ParamTable
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+FINISH_S = 10.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays between the updates of one parameter server."""
+
+    switchboard: Switchboard
+    holders: HolderPool
+    planner: Planner
+    guardian: Guardian
+    recipes: dict[str, LoadRecipe]
+    rings: RingHost
+
+
+class Update:
+    """Carries one update through. Used once; lives in the updater.
+
+    A failure before the first byte leaves every engine serving the old weights; afterwards the error's
+    `weights_state` says what the engine holds.
+    """
+
+    def __init__(
+        self,
+        kept: Kept,
+        controls: Sequence[tuple[EngineControl, str | None]],
+        settings: UpdateSettings,
+        metas: Callable[[], ParamTable],
+        num_holders: int | None,
+        progress: ProgressCallback,
+    ) -> None:
+        self.id = token_hex(6)
+        self.version = -1
+        self.first = False
+        self.recorder = Recorder("updater")
+        self.instances = [Instance(control, target, new_token()) for control, target in controls]
+        self._kept = kept
+        self._settings = settings
+        self._metas = metas
+        self._num_holders = num_holders
+        self._progress = progress
+        self._needs: list[ReceiverNeeds] = []
+        self._needs_by_key: dict[FailureKey, ReceiverNeeds] = {}
+        self._broadcast: BroadcastRun | None = None
+        self._calls = ThreadPoolExecutor(max_workers=2 * len(controls), thread_name_prefix="headrace-engine")
+
+    @property
+    def members(self) -> list[Member]:
+        """All receivers, instance by instance, by rank."""
+        return [member for instance in self.instances for member in instance.members]
+
+    @property
+    def holder_peers(self) -> list[Peer]:
+        """The holders' conversations."""
+        return self._kept.holders.peers
+
+    def run(self) -> None:
+        """Do it all; returns when every instance serves the new version.
+
+        Raises:
+            HeadraceError: It failed; the message and `weights_state` say what is served now.
+        """
+        try:
+            peers = self._enrol()
+            manifests = self._publish(len(peers))
+            self._describe(peers, manifests)
+            self._stage(self._make_plan(manifests), manifests)
+            self._commit()
+        except HeadraceError as error:
+            error.update_id, error.weight_version = self.id, self.version
+            self._abort(error)
+            raise
+        finally:
+            self._kept.switchboard.forget([peer for instance in self.instances for peer in instance.peers])
+            self._calls.shutdown(wait=False)
+
+    def unused_names(self) -> tuple[str, ...]:
+        """Source names that no receiver uses."""
+        sets = [{m.recipe.sources[int(i)].name for i in m.recipe.unused} for m in self.members]
+        return tuple(sorted(set.intersection(*sets))) if sets else ()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._progress(name, 0, 0)
+        with self.recorder.span(name):
+            yield
+
+    def _enrol(self) -> list[Peer]:
+        limits, hub = self._settings.deadlines, self._kept.switchboard.hub
+        with self._phase("ready"):
+            self._each(lambda i: i.control.wait_ready(limits.ready_s))
+        with self._phase("enrol"):
+            counts = self._each(lambda i: i.control.expected_receivers(limits.enrol_s))
+            for instance, count in zip(self.instances, counts, strict=True):
+                instance.num_receivers = count
+                hub.admit(instance.token, count)
+            self._each(lambda i: i.control.enrol(self._ticket(i), limits.enrol_s))
+            tokens = {instance.token for instance in self.instances}
+            peers = self._kept.switchboard.arrivals(
+                sum(counts), lambda p: p.hello.token in tokens, limits.enrol_s, "receivers"
+            )
+        for instance in self.instances:
+            hub.revoke(instance.token)
+            instance.peers = sorted((p for p in peers if p.hello.token == instance.token), key=lambda peer: peer.key)
+        self._refuse_busy(peers)
+        self.version = next_version([_hello(peer).served_version for peer in peers], self._settings.version)
+        return peers
+
+    def _ticket(self, instance: Instance) -> Ticket:
+        hub = self._kept.switchboard.hub
+        return Ticket(self.id, hub.endpoint, hub.server_key, instance.token)
+
+    def _refuse_busy(self, peers: Sequence[Peer]) -> None:
+        busy = next((hello for hello in map(_hello, peers) if hello.busy_with), None)
+        if busy is None:
+            return
+        for peer in peers:
+            peer.send(wire.Abort(reason=f"another update ({busy.busy_with}) is running"))
+        text = f"worker {busy.worker} is taken by update {busy.busy_with}; wait for its end and try again"
+        raise LocalProtocolError(text, phase="enrol", retryable=True)
+
+    def _publish(self, num_receivers: int) -> list[Manifest]:
+        count = self._num_holders or (num_receivers if self._settings.route == "broadcast" else 1)
+        holders = self._kept.holders
+        with self._phase("read"):
+            holders.ensure(count)
+            return holders.publish(self.version, self._settings.deadlines, self._progress)
+
+    def _describe(self, peers: Sequence[Peer], manifests: Sequence[Manifest]) -> None:
+        metas = self._metas()
+        holders, known = tuple(manifest.holder for manifest in manifests), tuple(self._kept.recipes)
+        errors: dict[FailureKey, HeadraceError] = {}
+        with self._phase("describe"):
+            for peer in peers:
+                peer.send(wire.Describe(metas_key=metas.key, metas=None, holders=holders, known_recipes=known))
+            full = wire.Describe(metas_key=metas.key, metas=metas, holders=holders, known_recipes=known)
+            wanting = [peer for peer in peers if self._wants_metas(peer, errors, manifests)]
+            for peer in wanting:
+                peer.send(full)
+            for peer in wanting:
+                self._wants_metas(peer, errors, manifests)
+        for instance in self.instances:
+            instance.members.sort(key=lambda member: member.peer.key)
+        if errors:
+            raise failed(errors, "describe")
+        self._needs = [self._needs_by_key[member.peer.key] for member in self.members]
+
+    def _wants_metas(
+        self, peer: Peer, errors: dict[FailureKey, HeadraceError], manifests: Sequence[Manifest]
+    ) -> bool:
+        """Take one answer to Describe; True where the receiver asks for the source's parameters first."""
+        try:
+            answer = peer.expect(wire.Message, self._settings.deadlines.describe_s, "describe")
+        except HeadraceError as error:
+            errors[peer.key] = error
+            return False
+        if isinstance(answer, wire.Described):
+            self._note_needs(peer, answer, manifests)
+        return isinstance(answer, wire.NeedMetas)
+
+    def _note_needs(self, peer: Peer, answer: wire.Described, manifests: Sequence[Manifest]) -> None:
+        index = {manifest.holder.holder_id: i for i, manifest in enumerate(manifests)}
+        recipe = self._kept.recipes.get(answer.recipe_key) if answer.recipe is None else answer.recipe
+        if recipe is None:
+            text = f"{peer.key} names recipe {answer.recipe_key}, which nobody sent"
+            raise LocalProtocolError(text, phase="describe")
+        self._kept.recipes[answer.recipe_key] = recipe
+        self.first |= answer.first
+        instance = next(i for i in self.instances if i.token == peer.hello.token)
+        instance.members.append(Member(peer, recipe))
+        budget = self._settings.budget_bytes
+        self._needs_by_key[peer.key] = ReceiverNeeds(
+            worker=_hello(peer).worker,
+            recipe=recipe,
+            reachable=frozenset(index[name] for name in answer.reachable),
+            budget_bytes=answer.budget_bytes if budget is None else budget,
+        )
+
+    def _make_plan(self, manifests: Sequence[Manifest]) -> UpdatePlan:
+        unused = self.unused_names()
+        if self._settings.strict and unused:
+            text = f"{len(unused)} source names are used by nothing (--strict): {', '.join(unused[:10])}"
+            raise ManifestMismatchError(text, unused, phase="plan")
+        with self._phase("plan"):
+            plan = self._kept.planner.plan(manifests, self._needs, self._settings)
+        for member, transfer in zip(self.members, plan.receivers, strict=True):
+            member.plan = transfer
+        return plan
+
+    def _stage(self, plan: UpdatePlan, manifests: Sequence[Manifest]) -> None:
+        holders, limits = tuple(manifest.holder for manifest in manifests), self._settings.deadlines
+        rings: list[wire.RingAddress | None] = [None] * len(self.members)
+        with self._phase("stage"):
+            if plan.broadcast is not None:
+                served_by = pair_with_holders([t.route == "broadcast" for t in plan.receivers], self._needs)
+                self._broadcast = BroadcastRun(plan.broadcast, self._kept.holders.peers, self._kept.rings)
+                rings = self._broadcast.start(self.version, served_by, holders, limits)
+            for member, transfer, ring in zip(self.members, plan.receivers, rings, strict=True):
+                member.peer.send(wire.Stage(
+                    version=self.version, plan=transfer, holders=holders, verify=self._settings.verify, ring=ring
+                ))
+            if self._settings.verify == "digest":
+                self._ask_sums(plan)
+            gather([member.peer for member in self.members], wire.Staged, limits.stage_s, "stage")
+
+    def _ask_sums(self, plan: UpdatePlan) -> None:
+        """Ask holders for the sums that each receiver must find; receivers with equal needs are asked for once."""
+        holders, limit = self._kept.holders.peers, self._settings.deadlines.stage_s
+        groups: dict[int, list[Member]] = {}
+        for member, tables in zip(self.members, plan.digests, strict=True):
+            groups.setdefault(id(tables), []).append(member)
+        tables_of = {id(tables): tables for tables in plan.digests}
+        for key, members in groups.items():
+            size = _num_sums(members[0])
+            for holder, table in tables_of[key].items():
+                holders[holder].send(
+                    wire.SumDigests(key=str(key), version=self.version, table=table, num_groups=size)
+                )
+        for key, members in groups.items():
+            total = np.zeros(_num_sums(members[0]), np.uint64)
+            for holder in tables_of[key]:
+                total += holders[holder].expect(wire.Digests, limit, "digest").sums
+            for member in members:
+                member.expected = total
+
+    def _commit(self) -> None:
+        """Pause, commit and resume every instance side by side; each stands still only for its own commit."""
+        targets = [instance.target for instance in self.instances if instance.target]
+        self._kept.guardian.paused(targets)
+        self._progress("commit", 0, 0)
+        self._each(lambda i: commit_instance(i, self.version, self._settings, self.recorder))
+        self._kept.guardian.resumed(targets)
+        if self._broadcast is not None:
+            self._broadcast.finish(FINISH_S)
+
+    def _abort(self, error: HeadraceError) -> None:
+        """Have everyone forget the update, and resume what was paused and is whole."""
+        logger.warning("update %s failed: %s", self.id, error)
+        if self._broadcast is not None:
+            self._broadcast.cancel()
+        for instance in self.instances:
+            whole = take_back(instance, error, self._settings.deadlines.pause_s)
+            if not whole:
+                error.weights_state = "mixed"
+        self._kept.guardian.resumed([instance.target for instance in self.instances if instance.target])
+
+    def _each(self, call: Callable[[Instance], T]) -> list[T]:
+        """Run a blocking call for every instance side by side; raises the first failure after all have ended."""
+        if len(self.instances) == 1:
+            return [call(self.instances[0])]
+        futures = [self._calls.submit(call, instance) for instance in self.instances]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+
+def _num_sums(member: Member) -> int:
+    return len(member.recipe.targets) + (len(member.plan.opaque) if member.plan else 0)
+
+
+def _hello(peer: Peer) -> wire.ReceiverHello:
+    if not isinstance(peer.hello, wire.ReceiverHello):
+        text = f"{peer.key} is no receiver"
+        raise LocalProtocolError(text)
+    return peer.hello
