@@ -1,4 +1,4 @@
-"""The reference InferenceBackend: one worker of a transformers model, plain or split by its tensor-parallel plan."""
+"""The reference InferenceBackend: one worker of a transformers model, whole or split by its own plan."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TorchBackend:
         return self._identity
 
     def live_tensors(self) -> Mapping[str, torch.Tensor]:
-        """Return this rank's shards of parameters and persistent buffers, tied ones under their first name."""
+        """Return this rank's parameters and persistent buffers, tied ones under their first name."""
         return self._live
 
     def skeleton(self) -> Skeleton:
@@ -125,7 +125,7 @@ class TorchBackend:
         self._version = version
 
     def fingerprints(self) -> list[Fingerprint]:
-        """Return sha256 sums of all live shards, with what each holds of the whole tensor; reads all weights."""
+        """Return sha256 sums of all live shards, with the boxes each holds; reads all weights."""
         return [self._fingerprint(name, tensor) for name, tensor in self._live.items()]
 
     def _fingerprint(self, name: str, tensor: torch.Tensor) -> Fingerprint:
@@ -138,7 +138,7 @@ class TorchBackend:
             local_shape=list(tensor.shape),
             boxes=[ShardBox(list(p.box.offsets), list(p.box.shape)) for p in layout.pieces],
             dim=layout.dim,
-            sha256=hashlib.sha256(memoryview(flat.numpy())).hexdigest(),
+            sha256=hashlib.sha256(flat.numpy().data).hexdigest(),
         )
 
     def _synchronize(self) -> None:

@@ -35,7 +35,9 @@ class TorchControl:
             verify: Whether, or against which CA file, certificates are checked.
         """
         self._url = url.rstrip("/")
-        self._client = httpx.Client(base_url=self._url, headers=dict(headers or {}), verify=verify, trust_env=False)
+        self._client = httpx.Client(
+            base_url=self._url, headers=dict(headers or {}), verify=verify, trust_env=False
+        )
 
     @property
     def address(self) -> str:
@@ -65,7 +67,9 @@ class TorchControl:
         """Return the number of workers."""
         count = self._status(deadline_s).get("world_size")
         if not isinstance(count, int):
-            raise RemoteProtocolError(f"{self._url}/headrace/status has no world_size; is it an embedded engine?")
+            raise RemoteProtocolError(
+                f"{self._url}/headrace/status has no world_size; is it an embedded engine?"
+            )
         return count
 
     def enrol(self, ticket: Ticket, deadline_s: float) -> None:
@@ -74,7 +78,9 @@ class TorchControl:
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop steps and keep requests; returns when no step runs."""
-        self._request("POST", "/pause", deadline_s, params={"cache": cache, "timeout_s": f"{min(deadline_s, 600.0):g}"})
+        self._request(
+            "POST", "/pause", deadline_s, params={"cache": cache, "timeout_s": f"{min(deadline_s, 600.0):g}"}
+        )
 
     def resume(self, deadline_s: float) -> None:
         """Let steps go on; the engine refuses while its weights are mixed."""
@@ -93,7 +99,7 @@ class TorchControl:
         return self._request("GET", "/headrace/status", deadline_s)
 
     def _health(self, timeout_s: float) -> tuple[bool, str]:
-        """Return whether the engine has failed for good, and what it answered; an empty answer is a ready engine."""
+        """Return whether the engine has failed for good, and what it answered; nothing where it is ready."""
         try:
             response = self._client.get("/health", timeout=timeout_s)
         except httpx.InvalidURL as error:
@@ -112,7 +118,7 @@ class TorchControl:
             message = f"{self._url}{path} did not answer within {deadline_s:g} s"
             raise TransferTimeoutError(message, name=self._url, retryable=True) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            message = f"{self._url}{path} cannot be reached ({type(error).__name__}: {error}); is the engine running?"
+            message = f"{self._url}{path} cannot be reached ({type(error).__name__}: {error}); is it running?"
             raise ConnectError(message, name=self._url, retryable=True) from error
         if not response.is_success:
             raise self._refusal(path, response)
@@ -122,7 +128,9 @@ class TorchControl:
         body = (_decoded(response) or {}).get("error")
         if not isinstance(body, dict):
             text = response.text.strip()[:300]
-            return RemoteProtocolError(f"{self._url}{path} answered HTTP {response.status_code}: {text}", name=self._url)
+            return RemoteProtocolError(
+                f"{self._url}{path} answered HTTP {response.status_code}: {text}", name=self._url
+            )
         failure = RemoteFailure(
             type_name=str(body.get("type")),
             message=f"{self._url}{path}: {body.get('message')}",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from headrace.embedded.fleet import AnyReply, Fleet
+from headrace.embedded.generation import Event, Finished, Request, Sampling, Sink, TokenMade
 from headrace.embedded.messages import (
     Command,
     Done,
@@ -26,13 +27,21 @@ from headrace.embedded.messages import (
     Stepped,
     WorkerStatus,
 )
-from headrace.embedded.generation import Event, Finished, FinishReason, Request, Sampling, Sink, TokenMade
-from headrace.errors import ConfigError, HeadraceError, IntegrityError, LocalProtocolError, TransferTimeoutError
+from headrace.errors import (
+    ConfigError,
+    HeadraceError,
+    IntegrityError,
+    LocalProtocolError,
+    TransferTimeoutError,
+)
 
 if TYPE_CHECKING:
     from headrace.embedded.settings import EngineSettings
     from headrace.protocols import Ticket
     from headrace.types import CacheMode
+
+_LEAST_REPLY_S = 5.0
+"""No worker is given up for a late answer before this, however short the caller's deadline is."""
 
 State = Literal["starting", "ready", "failed", "stopped"]
 
@@ -74,7 +83,9 @@ class EmbeddedEngine:
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._state != "starting", deadline_s):
-                raise TransferTimeoutError(f"the engine is still loading after {deadline_s:g} s", retryable=True)
+                raise TransferTimeoutError(
+                    f"the engine is still loading after {deadline_s:g} s", retryable=True
+                )
             self._check_alive()
 
     @property
@@ -84,7 +95,7 @@ class EmbeddedEngine:
             return self._error if self._state == "failed" and self._model is None else None
 
     def submit(self, prompt: list[int], sampling: Sampling, sink: Sink) -> Request:
-        """Take a request; its events go to `sink` from the engine's thread. Returns at once, also while paused.
+        """Take a request, also while paused; its events go to `sink` from the loop's thread. Returns at once.
 
         Raises:
             ConfigError: The prompt does not fit the model.
@@ -130,11 +141,13 @@ class EmbeddedEngine:
         """
         end = time.monotonic() + deadline_s
         if not self._turn.acquire(timeout=deadline_s):
-            raise TransferTimeoutError(f"another pause or resume holds the engine for {deadline_s:g} s", retryable=True)
+            raise TransferTimeoutError(
+                f"another pause or resume holds the engine for {deadline_s:g} s", retryable=True
+            )
         try:
             self._stop_stepping(end, deadline_s)
             if cache == "recompute":
-                self._drop_caches(max(0.1, end - time.monotonic()))
+                self._drop_caches(max(_LEAST_REPLY_S, end - time.monotonic()))
         finally:
             self._turn.release()
 
@@ -142,7 +155,7 @@ class EmbeddedEngine:
         """Let steps go on. Idempotent.
 
         Raises:
-            LocalProtocolError: The weights are not those of one version on all ranks; the engine stays paused.
+            LocalProtocolError: The weights are not of one confirmed version; the engine stays paused.
         """
         with self._turn:
             with self._changed:
@@ -251,7 +264,9 @@ class EmbeddedEngine:
             if not self._changed.wait_for(lambda: not self._is_stepping, max(0.0, end - time.monotonic())):
                 self._paused = was_paused
                 self._changed.notify_all()
-                raise TransferTimeoutError(f"the running step did not end within {deadline_s:g} s", retryable=True)
+                raise TransferTimeoutError(
+                    f"the running step did not end within {deadline_s:g} s", retryable=True
+                )
             self._check_alive()
 
     def _drop_caches(self, deadline_s: float) -> None:
@@ -307,11 +322,13 @@ def _check_prompt(prompt: list[int], sampling: Sampling, model: Ready) -> None:
 def _check_one_version(ranks: list[WorkerStatus]) -> None:
     """Refuse to serve weights that are missing, mixed, changing or of several versions."""
     if all(rank.version is None for rank in ranks):
-        raise LocalProtocolError("the engine was started with dummy weights; it stays paused until its first update")
-    states = {rank.weights_state for rank in ranks if rank.weights_state == "mixed" or rank.epoch % 2}
-    if states or len({rank.version for rank in ranks}) > 1:
+        raise LocalProtocolError(
+            "the engine was started with dummy weights; it stays paused until its first update"
+        )
+    unsettled = any(rank.weights_state != "old" or rank.epoch % 2 for rank in ranks)
+    if unsettled or len({rank.version for rank in ranks}) > 1:
         told = ", ".join(f"rank {r.rank}: {r.weights_state}, version {r.version}" for r in ranks)
-        message = f"the weights are not of one version ({told}); the engine stays paused until an update succeeds"
+        message = f"the weights are not of one confirmed version ({told}); an update must finish first"
         raise LocalProtocolError(message, weights_state="mixed", retryable=True)
 
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from headrace.embedded.messages import Command, Exit, Failed, Ready, Reply, Startup, decode_reply, encode
-from headrace.errors import HeadraceError, LocalProtocolError, PeerLostError, RemoteProtocolError, TransferTimeoutError
+from headrace.errors import (
+    HeadraceError,
+    LocalProtocolError,
+    PeerLostError,
+    RemoteProtocolError,
+    TransferTimeoutError,
+)
 
 if TYPE_CHECKING:
     from headrace.embedded.settings import EngineSettings
@@ -28,7 +34,9 @@ AnyReply = TypeVar("AnyReply", bound=Reply)
 class Fleet:
     """All workers of one engine. Commands are serialised; every rank gets the same ones in the same order."""
 
-    def __init__(self, settings: EngineSettings, instance: str, on_loss: Callable[[HeadraceError], None]) -> None:
+    def __init__(
+        self, settings: EngineSettings, instance: str, on_loss: Callable[[HeadraceError], None]
+    ) -> None:
         """Prepare; nothing runs until `start`.
 
         Args:
@@ -45,7 +53,7 @@ class Fleet:
         self._state = threading.Lock()
         self._loss: HeadraceError | None = None
         self._leaving = False
-        self._folder = tempfile.TemporaryDirectory(prefix="headrace-engine-", ignore_cleanup_errors=True)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -54,10 +62,14 @@ class Fleet:
 
     def start(self) -> None:
         """Start all worker processes; returns before they have loaded anything."""
+        self._folder = tempfile.TemporaryDirectory(prefix="headrace-engine-", ignore_cleanup_errors=True)
+        rendezvous = str(Path(self._folder.name) / "rendezvous")
         for rank in range(self._settings.tp):
-            self._spawn(rank)
+            self._spawn(rank, rendezvous)
         for rank, process in enumerate(self._processes):
-            threading.Thread(target=self._watch, args=(rank, process), daemon=True, name=f"watch-{rank}").start()
+            threading.Thread(
+                target=self._watch, args=(rank, process), daemon=True, name=f"watch-{rank}"
+            ).start()
 
     def wait_ready(self) -> Ready:
         """Wait until every worker has loaded its part.
@@ -103,32 +115,37 @@ class Fleet:
                 process.wait()
         for front in self._fronts:
             front.close()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
-    def _spawn(self, rank: int) -> None:
+    def _spawn(self, rank: int, rendezvous: str) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            process = subprocess.Popen(
                 [sys.executable, "-m", "headrace.embedded.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=self._environment(),
             )
         front = Connection(ours.detach())
-        front.send_bytes(encode(self._startup(rank)))
+        front.send_bytes(encode(self._startup(rank, rendezvous)))
         self._processes.append(process)
         self._fronts.append(front)
 
     def _environment(self) -> dict[str, str]:
         loopback = {} if self._settings.device == "cuda" else {"GLOO_SOCKET_IFNAME": "lo"}
-        return loopback | os.environ | {
-            "OMP_NUM_THREADS": str(self._settings.num_threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        }
+        return (
+            loopback
+            | os.environ
+            | {
+                "OMP_NUM_THREADS": str(self._settings.num_threads),
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            }
+        )
 
-    def _startup(self, rank: int) -> Startup:
+    def _startup(self, rank: int, rendezvous: str) -> Startup:
         settings = self._settings
         return Startup(
             instance=self._instance,
@@ -138,8 +155,7 @@ class Fleet:
             device=settings.device,
             dtype=settings.dtype,
             load_format=settings.load_format,
-            weight_version=settings.weight_version,
-            rendezvous=str(Path(self._folder.name) / "rendezvous"),
+            rendezvous=rendezvous,
             start_s=settings.start_s,
         )
 
@@ -177,7 +193,9 @@ class Fleet:
         if isinstance(reply, Failed):
             raise reply.to_error()
         if not isinstance(reply, kind):
-            raise RemoteProtocolError(f"a worker replied {type(reply).__name__} where {kind.__name__} was due")
+            raise RemoteProtocolError(
+                f"a worker replied {type(reply).__name__} where {kind.__name__} was due"
+            )
         return reply
 
     def _check(self) -> None:
@@ -199,7 +217,9 @@ class Fleet:
         process = self._processes[rank]
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
-        message = f"worker {rank} (pid {process.pid}) {_how_it_ended(process.returncode)}; start the engine again"
+        message = (
+            f"worker {rank} (pid {process.pid}) {_how_it_ended(process.returncode)}; start the engine again"
+        )
         return self._lose(PeerLostError(message, rank=rank))
 
     def _lose(self, error: HeadraceError) -> HeadraceError:
@@ -243,4 +263,6 @@ def _how_it_ended(code: int | None) -> str:
 
 def _late(what: str, deadline_s: float, ranks: list[int]) -> TransferTimeoutError:
     names = ", ".join(map(str, ranks))
-    return TransferTimeoutError(f"{what}: no answer from worker {names} within {deadline_s:g} s; the engine is given up")
+    return TransferTimeoutError(
+        f"{what}: no answer from worker {names} within {deadline_s:g} s; the engine is given up"
+    )

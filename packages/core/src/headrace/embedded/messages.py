@@ -18,7 +18,6 @@ class Startup(msgspec.Struct, frozen=True):
     device: str
     dtype: str
     load_format: str
-    weight_version: int
     rendezvous: str
     start_s: float
 

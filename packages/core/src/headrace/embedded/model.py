@@ -30,8 +30,8 @@ def torch_device(startup: Startup) -> torch.device:
         return torch.device("cpu")
     if startup.rank >= torch.cuda.device_count():
         message = (
-            f"worker {startup.rank} has no GPU: torch sees {torch.cuda.device_count()} for {startup.world_size} workers; "
-            "lower --tp or take --device cpu"
+            f"worker {startup.rank} has no GPU: torch sees {torch.cuda.device_count()} "
+            f"for {startup.world_size} workers; lower --tp or take --device cpu"
         )
         raise ConfigError(message, name="device")
     torch.cuda.set_device(startup.rank)
@@ -71,16 +71,18 @@ def load_model(startup: Startup, device: torch.device) -> PreTrainedModel:
     if startup.world_size > 1:
         options["distributed_config"] = DistributedConfig(tp_size=startup.world_size)
     if startup.load_format == "dummy":
-        model_class = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 - the only way to the class
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that random numbers differ between ranks is no matter here
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # that random numbers differ between ranks is no matter here
             model = model_class.from_pretrained(None, state_dict={}, **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(startup.model, **options)
     if startup.world_size == 1:
         model = model.to(device)
     model.requires_grad_(False).eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _dtype(name: str, config: Any) -> torch.dtype:  # noqa: ANN401 - every model has its own config class
@@ -88,7 +90,9 @@ def _dtype(name: str, config: Any) -> torch.dtype:  # noqa: ANN401 - every model
         return getattr(config, "dtype", None) or torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"dtype is {name!r}; give auto or a torch element type such as bfloat16", name="dtype")
+        raise ConfigError(
+            f"dtype is {name!r}; give auto or a torch element type such as bfloat16", name="dtype"
+        )
     return dtype
 
 
@@ -96,7 +100,9 @@ def _check_divisible(config: Any, world_size: int) -> None:  # noqa: ANN401
     for field in ("num_attention_heads", "num_key_value_heads"):
         count = getattr(config, field, None)
         if count is not None and count % world_size:
-            raise ConfigError(f"{field} of the model is {count}; it does not divide by {world_size} workers", name="tp")
+            raise ConfigError(
+                f"{field} of the model is {count}; it does not divide by {world_size} workers", name="tp"
+            )
 
 
 def stop_tokens(model: PreTrainedModel) -> list[int]:
@@ -110,7 +116,7 @@ def stop_tokens(model: PreTrainedModel) -> list[int]:
 def own_memory(model: torch.nn.Module) -> int:
     """Move weights that lie in a mapped checkpoint file into memory of their own; return how many.
 
-    Until then the first write costs a page fault each, and a file overwritten in place would change the model.
+    Until then first writes cost page faults, and a file overwritten in place would change the model.
     """
     mapped = _mapped_ranges()
     moved = 0

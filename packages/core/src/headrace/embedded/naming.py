@@ -79,7 +79,7 @@ class CheckpointNaming:
         if not joins:
             return Landing(target, item=item)
         part, num_parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
-        if num_parts > 2:  # noqa: PLR2004 - one of two halves tells the other; of three it would not
+        if num_parts > 2:
             return Landing(target, grouped=True)
         dim = joins[0].dim % self._state[target].ndim
         return Landing(target, item=item, part=part, num_parts=num_parts, dim=dim)
@@ -96,7 +96,9 @@ class CheckpointNaming:
         for name, tensor in ordered:
             target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
             if pattern is None:
-                raise ApplyError(f"{name} has no conversion to {target} in this version of transformers", name=name)
+                raise ApplyError(
+                    f"{name} has no conversion to {target} in this version of transformers", name=name
+                )
             converter = converter or deepcopy(self._by_pattern[pattern])
             converter.add_tensor(target, name, pattern, lambda tensor=tensor: tensor)
         if converter is None:

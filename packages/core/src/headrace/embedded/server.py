@@ -39,7 +39,9 @@ def serve(settings: EngineSettings, announce: Callable[[str], None] | None = Non
     with contextlib.closing(_listen(settings)) as listener, _signals(server, engine):
         try:
             engine.start()
-            threading.Thread(target=_end_if_start_fails, args=(server, engine), daemon=True, name="start").start()
+            threading.Thread(
+                target=_end_if_start_fails, args=(server, engine), daemon=True, name="start"
+            ).start()
             host, port = listener.getsockname()[:2]
             _logger.info("serving %s at http://%s:%d", settings.name, host, port)
             if announce is not None:
@@ -84,7 +86,7 @@ def _listen(settings: EngineSettings) -> socket.socket:
 
 @contextlib.contextmanager
 def _signals(server: uvicorn.Server, engine: EmbeddedEngine) -> Iterator[None]:
-    """End cleanly on the first SIGTERM or SIGINT and at once on the second; only the main thread may ask for that."""
+    """End cleanly on the first SIGTERM or SIGINT, at once on the second; needs the main thread."""
 
     def end(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's contract
         server.force_exit = server.should_exit

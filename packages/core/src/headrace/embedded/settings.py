@@ -17,14 +17,13 @@ class EngineSettings:
     """Choices of one embedded engine.
 
     Attributes:
-        model: Folder with `config.json`, a tokenizer and (unless dummy) safetensors.
+        model: Folder with `config.json`, a tokenizer and (unless dummy) safetensors, which are version 0.
         tp: Tensor-parallel worker processes.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         device: `cpu`, or `cuda` with one GPU per worker.
         dtype: `auto` takes the checkpoint's.
         load_format: `dummy` starts with random weights, paused until the first update.
-        weight_version: Version of the weights in `model`; a dummy start has none.
         served_name: Model name in the HTTP interface; the folder's name if empty.
         api_key: Where given, requests need `Authorization: Bearer KEY`.
         num_threads: CPU threads per worker.
@@ -40,7 +39,6 @@ class EngineSettings:
     device: Device = "cpu"
     dtype: str = "auto"
     load_format: LoadFormat = "auto"
-    weight_version: int = 0
     served_name: str = ""
     api_key: str = ""
     num_threads: int = 1
@@ -52,12 +50,12 @@ class EngineSettings:
         for field, allowed in (("device", Device), ("load_format", LoadFormat)):
             value = getattr(self, field)
             if value not in get_args(allowed):
-                raise ConfigError(f"{field} is {value!r}; choose one of {', '.join(get_args(allowed))}", name=field)
+                raise ConfigError(
+                    f"{field} is {value!r}; choose one of {', '.join(get_args(allowed))}", name=field
+                )
         for field in ("tp", "num_threads", "max_running"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; the least is 1", name=field)
-        if self.weight_version < 0:
-            raise ConfigError(f"weight_version is {self.weight_version}; it must not be negative", name="weight_version")
         if not (self.model / "config.json").is_file():
             message = f"{self.model} has no config.json; give a folder in Hugging Face layout"
             raise ConfigError(message, name=str(self.model))

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Stepper:
     """Runs the model for every job of a step; only rank 0 samples, so that all ranks continue alike."""
 
-    def __init__(self, model: PreTrainedModel, backend: TorchBackend, device: torch.device, *, samples: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, backend: TorchBackend, device: torch.device, *, samples: bool
+    ) -> None:
         self._model = model
         self._backend = backend
         self._device = device
@@ -56,7 +58,7 @@ class Stepper:
 
 
 def sample(logits: torch.Tensor, job: Job) -> int:
-    """Pick the next token: greedy at temperature 0, else drawn from a generator that depends on seed and position."""
+    """Pick the next token: greedy at temperature 0, else drawn by a generator of seed and position."""
     if job.temperature == 0:
         return int(logits.argmax())
     generator = torch.Generator().manual_seed((job.seed * 1_000_003 + job.position) % (1 << 63))

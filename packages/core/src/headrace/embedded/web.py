@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import anyio.to_thread
 import msgspec
@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from headrace.embedded.generation import Event, Finished, Request, Sampling, TokenMade, version_spans
+from headrace.embedded.generation import Event, Request, Sampling, TokenMade, version_spans
 from headrace.embedded.text import TextStream
 from headrace.errors import (
     ConfigError,
@@ -42,7 +42,14 @@ _STATUS: tuple[tuple[type[HeadraceError], int], ...] = (
     (TransferTimeoutError, 504),
 )
 _MAX_PAUSE_S = 600.0
-_FIXED = {"n": (1,), "best_of": (1,), "top_p": (1, None), "logprobs": (None, 0), "echo": (False,), "stop": (None, [])}
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "top_p": (1, None),
+    "logprobs": (None, 0),
+    "echo": (False,),
+    "stop": (None, []),
+}
 
 
 class _Body(msgspec.Struct, kw_only=True):
@@ -70,7 +77,10 @@ def make_app(engine: EmbeddedEngine) -> Starlette:
         Route("/headrace/status", service.status),
         Route("/headrace/fingerprints", service.fingerprints),
     ]
-    guarded = [Route(r.path, _guarded(r.endpoint, engine.settings.api_key), methods=list(r.methods or ())) for r in routes]
+    guarded = [
+        Route(r.path, _guarded(r.endpoint, engine.settings.api_key), methods=list(r.methods or ()))
+        for r in routes
+    ]
     return Starlette(routes=guarded)
 
 
@@ -82,7 +92,9 @@ def _guarded(
     async def answer(request: HttpRequest) -> Response:
         given = request.headers.get("authorization", "")
         if api_key and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            return JSONResponse({"error": {"type": "ConfigError", "message": "the API key is missing or wrong"}}, 401)
+            return JSONResponse(
+                {"error": {"type": "ConfigError", "message": "the API key is missing or wrong"}}, 401
+            )
         try:
             return await endpoint(request)
         except HeadraceError as error:
@@ -118,9 +130,11 @@ class _Service:
     async def pause(self, request: HttpRequest) -> Response:
         cache = request.query_params.get("cache", "recompute")
         if cache not in get_args(CacheMode):
-            raise ConfigError(f"cache is {cache!r}; choose one of {', '.join(get_args(CacheMode))}", name="cache")
+            raise ConfigError(
+                f"cache is {cache!r}; choose one of {', '.join(get_args(CacheMode))}", name="cache"
+            )
         deadline_s = _seconds(request.query_params.get("timeout_s", "60"))
-        await anyio.to_thread.run_sync(self.engine.pause, cache, deadline_s)
+        await anyio.to_thread.run_sync(self.engine.pause, cast("CacheMode", cache), deadline_s)
         return JSONResponse(self.engine.health())
 
     async def resume(self, request: HttpRequest) -> Response:  # noqa: ARG002
@@ -162,13 +176,19 @@ class _Service:
 class _Completion:
     """One request between the engine's thread and the event loop."""
 
-    def __init__(self, engine: EmbeddedEngine, prompt: list[int], sampling: Sampling, text: TextStream) -> None:
+    def __init__(
+        self, engine: EmbeddedEngine, prompt: list[int], sampling: Sampling, text: TextStream
+    ) -> None:
         self._engine = engine
         self._text = text
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._request: Request = engine.submit(prompt, sampling, self._sink)
-        self._common = {"id": f"cmpl-{self._request.number}", "created": int(time.time()), "model": engine.settings.name}
+        self._common = {
+            "id": f"cmpl-{self._request.number}",
+            "created": int(time.time()),
+            "model": engine.settings.name,
+        }
 
     async def chunks(self) -> AsyncIterator[str]:
         """Yield server-sent events: one per token, then the reason of the end, then `[DONE]`."""
@@ -215,7 +235,13 @@ class _Completion:
         return self._common | {"object": "text_completion", "choices": [choice], "usage": usage}
 
     def _chunk(self, text: str, tokens: list[int], version: int | None, reason: str | None) -> str:
-        choice = {"index": 0, "text": text, "token_ids": tokens, "weight_version": version, "finish_reason": reason}
+        choice = {
+            "index": 0,
+            "text": text,
+            "token_ids": tokens,
+            "weight_version": version,
+            "finish_reason": reason,
+        }
         return _sse(self._common | {"object": "text_completion", "choices": [choice]})
 
     def _last_version(self) -> int | None:
@@ -241,7 +267,9 @@ def _parse(raw: bytes, name: str) -> _Body:
         if field in given and given[field] not in allowed:
             raise ConfigError(f"{field}={given[field]!r} is not supported by the embedded engine", name=field)
     if body.model not in ("", name):
-        raise ConfigError(f"model {body.model!r} is not served here; this engine serves {name!r}", name="model")
+        raise ConfigError(
+            f"model {body.model!r} is not served here; this engine serves {name!r}", name="model"
+        )
     return body
 
 

@@ -1,4 +1,4 @@
-"""Where checkpoint tensors land in this rank's shards, and the loader that puts them there through views only."""
+"""Where checkpoint tensors land in this rank's shards, and the loader that puts them there."""
 
 from __future__ import annotations
 
@@ -51,12 +51,16 @@ def shard_layout(tensor: torch.Tensor) -> ShardLayout:
         whole = Box.whole(shape)
         return ShardLayout(shape, shape, (Piece(whole, whole.offsets),))
     if tensor.device_mesh.ndim != 1:
-        raise ConfigError(f"the device mesh has {tensor.device_mesh.ndim} dims; only tensor parallelism is supported")
+        raise ConfigError(
+            f"the device mesh has {tensor.device_mesh.ndim} dims; only tensor parallelism is supported"
+        )
     if isinstance(placement, _StridedShard):
         return _strided_layout(tensor, placement)
     if not isinstance(placement, ShardPlacement):
         raise ConfigError(f"placement {placement} is not supported; only Shard and Replicate are")
-    local, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     box = Box(tuple(offsets), tuple(local))
     return ShardLayout(shape, box.shape, (Piece(box, (0,) * len(shape)),), placement.dim % len(shape))
 
@@ -71,7 +75,9 @@ def _strided_layout(tensor: DTensor, placement: _StridedShard) -> ShardLayout:
     for begin in range(0, shape[dim], width):
         group = min(width, shape[dim] - begin)
         extent, offset = ShardPlacement.local_shard_size_and_offset(group, world_size, rank)
-        pieces.append(Piece(_slab(shape, dim, begin + offset, extent), _slab(shape, dim, filled, extent).offsets))
+        pieces.append(
+            Piece(_slab(shape, dim, begin + offset, extent), _slab(shape, dim, filled, extent).offsets)
+        )
         filled += extent
     return ShardLayout(shape, (*shape[:dim], filled, *shape[dim + 1 :]), tuple(pieces), dim)
 
@@ -90,8 +96,8 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 class ShardLoader:
     """Copies full checkpoint tensors into shards.
 
-    Only views and `copy_` touch a tensor wherever the model's naming allows it, so that the copies can be recorded;
-    the rest (permuted or split weights) goes through transformers' own conversion of complete groups.
+    Only views and `copy_` touch a tensor wherever the model's naming allows it, so that copies can be noted; the
+    rest (permuted or split weights) goes through transformers' own conversion of complete groups.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class ShardLoader:
 
     @torch.no_grad()
     def load(self, pairs: NamedTensors) -> None:
-        """Copy `(checkpoint name, full tensor)` pairs into this rank's shards; names the model lacks are ignored.
+        """Copy `(checkpoint name, full tensor)` pairs into the shards; names the model lacks are ignored.
 
         Raises:
             ApplyError: A tensor's shape does not fit, or a group that is converted together is incomplete.
@@ -123,13 +129,16 @@ class ShardLoader:
                 self._write(target, tensor, target, (0,) * tensor.ndim)
 
     def _place(self, name: str, tensor: torch.Tensor, landing: Landing) -> bool:
-        """Copy one tensor to its place in the target; False where its extents say that it has none of its own."""
+        """Copy one tensor to its place in the target; False where its extents say that it has none."""
         shape = self._layouts[landing.target].shape
         if landing.item is not None:
             tensor = tensor.unsqueeze(0)
         offsets = [landing.item or 0] + [0] * (len(shape) - 1) if shape else []
         if landing.num_parts > 1:
-            if tensor.ndim != len(shape) or tensor.shape[landing.dim] * landing.num_parts != shape[landing.dim]:
+            if (
+                tensor.ndim != len(shape)
+                or tensor.shape[landing.dim] * landing.num_parts != shape[landing.dim]
+            ):
                 return False
             offsets[landing.dim] = landing.part * tensor.shape[landing.dim]
         self._write(name, tensor, landing.target, tuple(offsets), landing)
@@ -145,7 +154,9 @@ class ShardLoader:
             common = source.intersect(piece.box)
             if common is None:
                 continue
-            at = tuple(c - b + n for c, b, n in zip(common.offsets, piece.box.offsets, piece.local, strict=True))
+            at = tuple(
+                c - b + n for c, b, n in zip(common.offsets, piece.box.offsets, piece.local, strict=True)
+            )
             begin = tuple(c - o for c, o in zip(common.offsets, offsets, strict=True))
             narrowed(live, Box(at, common.shape)).copy_(narrowed(tensor, Box(begin, common.shape)))
 

@@ -1,4 +1,4 @@
-"""One worker process of the embedded engine: loads its part of the model and obeys the front over a socket pair."""
+"""One worker process of the embedded engine: loads its part of the model and obeys the front."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Worker:
             WorkerId(startup.instance, startup.rank),
             world_size=startup.world_size,
             source=None if dummy else startup.model,
-            version=None if dummy else startup.weight_version,
+            version=None if dummy else 0,
         )
         self._stepper = Stepper(self._model, self._backend, device, samples=startup.rank == 0)
         self._receiver: Receiver | None = None
@@ -98,7 +98,9 @@ class Worker:
     def _(self, command: GetStatus) -> Reply:  # noqa: ARG002
         seen = self._backend.seen
         state = self._receiver.weights_state if self._receiver else "old"
-        return WorkerStatus(self._rank, os.getpid(), state, seen.version, seen.epoch, self._stepper.num_caches)
+        return WorkerStatus(
+            self._rank, os.getpid(), state, seen.version, seen.epoch, self._stepper.num_caches
+        )
 
     @obey.register
     def _(self, command: GetFingerprints) -> Reply:  # noqa: ARG002
@@ -134,7 +136,7 @@ def _serve(front: Connection, startup: Startup) -> None:
     while not isinstance(command := decode_command(front.recv_bytes()), Exit):
         try:
             reply = worker.obey(command)
-        except Exception as error:  # noqa: BLE001 - the rank boundary
+        except Exception as error:
             _logger.exception("worker %d failed", startup.rank)
             reply = Failed(startup.rank, RemoteFailure.of(error))
         front.send_bytes(encode(reply))

@@ -1,4 +1,4 @@
-"""Small models with weights and a tokenizer, made from a seed without a network, for tests and demonstrations."""
+"""Small models with weights and a tokenizer, made from a seed without a network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TinySize:
     max_positions: int = 2048
 
 
-def make_tiny_qwen3(  # noqa: PLR0913 - a test's knobs, all optional
+def make_tiny_qwen3(
     folder: Path,
     seed: int,
     *,
@@ -70,7 +70,7 @@ def make_tiny_qwen3(  # noqa: PLR0913 - a test's knobs, all optional
     return _make("qwen3", folder, seed, dtype, size or TinySize(), tie, shards)
 
 
-def make_tiny_llama(  # noqa: PLR0913
+def make_tiny_llama(
     folder: Path,
     seed: int,
     *,
@@ -83,7 +83,7 @@ def make_tiny_llama(  # noqa: PLR0913
     return _make("llama", folder, seed, dtype, size or TinySize(), tie, shards)
 
 
-def make_tiny_qwen3_moe(  # noqa: PLR0913
+def make_tiny_qwen3_moe(
     folder: Path,
     seed: int,
     *,
@@ -92,7 +92,7 @@ def make_tiny_qwen3_moe(  # noqa: PLR0913
     tie: bool = False,
     shards: int = 1,
 ) -> Path:
-    """Write a random Qwen3 mixture of experts, one tensor per expert in the file; arguments as `make_tiny_qwen3`."""
+    """Write a random Qwen3 mixture of experts, a tensor per expert; arguments as for `make_tiny_qwen3`."""
     return _make("qwen3_moe", folder, seed, dtype, size or TinySize(), tie, shards)
 
 
@@ -112,7 +112,9 @@ def _make(  # noqa: PLR0913, PLR0917
 
     folder.mkdir(parents=True, exist_ok=True)
     loudness = torch.tensor(_save_tokenizer(folder))
-    config = AutoConfig.for_model(kind, **_extents(kind, size), vocab_size=len(loudness), tie_word_embeddings=tie)
+    config = AutoConfig.for_model(
+        kind, **_extents(kind, size), vocab_size=len(loudness), tie_word_embeddings=tie
+    )
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 1, 2
     model = _empty_model(config)
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +168,7 @@ def _sorted_parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:  # noq
 
 
 def _random_weight(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return normals: around one for norms, and wide enough elsewhere that greedy text does not repeat one word."""
+    """Return normals: around one for norms, elsewhere so wide that greedy text does not repeat one word."""
     import torch  # noqa: PLC0415
 
     noise = torch.randn(like.shape, generator=generator)
@@ -176,7 +178,7 @@ def _random_weight(name: str, like: torch.Tensor, generator: torch.Generator) ->
 
 
 def _save_tokenizer(folder: Path, sentences: Sequence[str] = SENTENCES) -> list[float]:
-    """Train a byte-level BPE on `sentences`, save it so that AutoTokenizer loads it, and return how loud tokens are.
+    """Train and save a byte-level BPE that AutoTokenizer loads; return how loud each token is.
 
     Whole words are loud, so that a random model speaks in words; the length is even, for two ranks.
     """
@@ -184,19 +186,18 @@ def _save_tokenizer(folder: Path, sentences: Sequence[str] = SENTENCES) -> list[
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     wrapped.save_pretrained(folder)
     tokens = [tokenizer.id_to_token(i) or "" for i in range(tokenizer.get_vocab_size())]
     tokens += [""] * (len(tokens) % 2)
-    return [1.0 if token.startswith("\u0120") and len(token) > 3 else 0.1 for token in tokens]  # noqa: PLR2004
+    return [1.0 if token.startswith("\u0120") and len(token) > 3 else 0.1 for token in tokens]
