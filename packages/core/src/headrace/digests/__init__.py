@@ -7,8 +7,8 @@ or, where it is longer than `FOLD_BYTES`, rows of that length. A scalar is one r
     digest(box) = sum over rows r, words w of A(r) * B(w) * W(r, w)   modulo 2**64
 
 where W is zero outside the box, and A, B are odd pseudo-random numbers (splitmix64 of the index). It is
-additive over disjoint boxes. The factors are odd, so no single wrong bit stays unseen. It guards against faults,
-not against forgery: the top bits of words weigh only themselves, so two flips of bit 63 cancel.
+additive over disjoint boxes. The factors are odd, so no single wrong bit stays unseen. It guards against
+faults, not forgery: the top bits of words weigh only themselves, so two flips of bit 63 cancel.
 """
 
 from __future__ import annotations

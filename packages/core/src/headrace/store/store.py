@@ -1,0 +1,300 @@
+"""The Store: versions of a source's weights in host segments, at most two at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from headrace.config import Deadlines
+from headrace.errors import LocalProtocolError, TransferTimeoutError
+from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
+from headrace.protocols import SourceRegion, WeightSource
+from headrace.segments import HostSegment, Lender, require_memory
+from headrace.store.layout import SEGMENT_BYTES, Layout, Slot
+from headrace.types import ParamTable
+
+_log = logging.getLogger(__name__)
+_MAX_THREADS = 8
+_TICK_S = 0.1
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PublishedVersion:
+    """One complete version: everything of a Manifest but the holder's address.
+
+    Attributes:
+        version: Weight version.
+        manifest: Manifest whose holder has only a name.
+        num_bytes: Bytes of its regions.
+        seconds: How long reading took.
+    """
+
+    version: int
+    manifest: Manifest
+    num_bytes: int
+    seconds: float
+
+
+class _SegmentSet:
+    """Segments of one layout; holds one version at a time."""
+
+    def __init__(self, layout: Layout, holder: str, lender: Lender | None) -> None:
+        what = f"headrace-{holder}"
+        require_memory(sum(layout.segment_bytes), f"a version in holder {holder}")
+        self.layout = layout
+        self._lender = lender
+        self.segments: list[HostSegment] = []
+        try:
+            for size in layout.segment_bytes:
+                self.segments.append(HostSegment(size, what))
+        except BaseException:
+            self.close()
+            raise
+        self.regions = layout.region_table()
+        for segment in self.segments if lender is not None else ():
+            lender.lend(segment)
+
+    @property
+    def descriptors(self) -> tuple[SegmentDescriptor, ...]:
+        return tuple(segment.descriptor for segment in self.segments)
+
+    def bytes_of(self, slot: Slot) -> memoryview:
+        tensor = self.segments[slot.segment].tensor[slot.begin : slot.begin + slot.num_bytes]
+        return memoryview(tensor.numpy())
+
+    def close(self) -> None:
+        for segment in self.segments:
+            if self._lender is not None:
+                self._lender.withdraw(segment.descriptor.segment_id)
+            segment.close()
+
+
+class Store:
+    """Holds the newest versions of what one source's rank has. Lives in the holder.
+
+    Two sets of segments take turns, so that segment ids stay the same over versions and peers keep their mappings.
+    A version's bytes do not change until the version after next is published: that takes over its segments.
+
+    Call order: 1. `publish`. 2. `manifest`, `tensors`. 3. `release` or the next `publish`. 4. `close`. One thread
+    publishes; the others may be called from any.
+
+    Args:
+        source: Read by `publish`; the caller's to close.
+        holder_name: Unique name of this holder, for messages and manifests.
+        lender: Lends the segments to peers of the same host, if given.
+        segment_bytes: Most bytes per segment; a larger region gets a segment of its own.
+        num_threads: Readers; by default two per CPU, at most eight.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        holder_name: str,
+        *,
+        lender: Lender | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+        num_threads: int | None = None,
+    ) -> None:
+        self._source = source
+        self._name = holder_name
+        self._lender = lender
+        self._segment_bytes = segment_bytes
+        self._num_threads = num_threads or min(_MAX_THREADS, 2 * (os.cpu_count() or 1))
+        self._lock = threading.Lock()
+        self._publishing = threading.Lock()
+        self._free: list[_SegmentSet] = []
+        self._held: dict[int, tuple[_SegmentSet, PublishedVersion]] = {}
+        self._newest = -1
+        self._closed = False
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Complete versions that are held, oldest first."""
+        with self._lock:
+            return tuple(self._held)
+
+    def publish(
+        self, version: int, progress: Progress | None = None, deadline_s: float = Deadlines().read_s
+    ) -> PublishedVersion:
+        """Read all regions of the source into segments; afterwards the version is complete and does not change.
+
+        Blocking, in several threads. Where two versions are held, the older is dropped first and its segments are
+        taken over; the newest stays as it is, also when this fails.
+
+        Args:
+            version: Must be greater than any published before.
+            progress: Called from this thread with bytes read and bytes in all.
+            deadline_s: Limit for the whole call.
+
+        Raises:
+            LocalProtocolError: The version does not grow, or the store is closed or publishing.
+            CapacityError: Not enough host memory; nothing changed.
+            CheckpointError: The source cannot be read.
+            TransferTimeoutError: Reading took too long.
+        """
+        if not self._publishing.acquire(blocking=False):
+            raise LocalProtocolError(f"holder {self._name} is publishing already; wait for it", name=self._name)
+        try:
+            self._check_version(version)
+            begin = time.monotonic()
+            regions = self._source.regions()
+            layout = Layout.of(self._source.metadata(), regions, self._segment_bytes)
+            chosen = self._take_set(layout)
+            self._fill(chosen, progress, begin + deadline_s)
+            return self._keep(version, chosen, time.monotonic() - begin)
+        finally:
+            self._publishing.release()
+
+    def _check_version(self, version: int) -> None:
+        if self._closed:
+            raise LocalProtocolError(f"holder {self._name} is closed; make a new store", name=self._name)
+        if version <= self._newest or version < 0:
+            message = f"version {version} does not grow; holder {self._name} has published {self._newest}"
+            raise LocalProtocolError(message, name=self._name, weight_version=version)
+
+    def _take_set(self, layout: Layout) -> _SegmentSet:
+        """Return segments of `layout` that hold no version any more, making them where there are none."""
+        with self._lock:
+            while len(self._held) > 1:
+                self._free.append(self._held.pop(next(iter(self._held)))[0])
+            fitting = [one for one in self._free if one.layout == layout]
+            unfit = [one for one in self._free if one.layout != layout]
+            self._free = fitting[1:]
+        for old in unfit:
+            old.close()
+        return fitting[0] if fitting else _SegmentSet(layout, self._name, self._lender)
+
+    def _fill(self, chosen: _SegmentSet, progress: Progress | None, end: float) -> None:
+        reading = _Reading(self._source, chosen)
+        try:
+            reading.run(self._num_threads, progress, end)
+        except BaseException:
+            with self._lock:
+                # A reader that hangs could still write: segments it may touch are never used again.
+                if reading.idle():
+                    self._free.append(chosen)
+                else:
+                    chosen.close()
+            raise
+
+    def _keep(self, version: int, chosen: _SegmentSet, seconds: float) -> PublishedVersion:
+        layout = chosen.layout
+        holder = HolderAddress(self._name)
+        manifest = Manifest(holder, version, layout.params, chosen.descriptors, chosen.regions)
+        published = PublishedVersion(version, manifest, layout.num_bytes, seconds)
+        with self._lock:
+            self._held[version] = (chosen, published)
+            self._newest = version
+        _log.info("holder %s: version %d, %d bytes in %.2f s", self._name, version, layout.num_bytes, seconds)
+        return published
+
+    def manifest(self, version: int, holder: HolderAddress) -> Manifest:
+        """Return the manifest of a held version under the holder's address.
+
+        Raises:
+            LocalProtocolError: The version is not held.
+        """
+        found = self._find(version)[1].manifest
+        return Manifest(holder, version, found.params, found.segments, found.regions)
+
+    def segments(self, version: int) -> tuple[HostSegment, ...]:
+        """Return the segments of a held version, in the manifest's order; the store's to close."""
+        return tuple(self._find(version)[0].segments)
+
+    def tensors(self, version: int) -> list[torch.Tensor]:
+        """Return the bytes of each segment of a held version: blocks for digests and transports."""
+        return [segment.tensor for segment in self.segments(version)]
+
+    def metadata(self) -> ParamTable:
+        """Return the source's parameters."""
+        return self._source.metadata()
+
+    def _find(self, version: int) -> tuple[_SegmentSet, PublishedVersion]:
+        with self._lock:
+            if version not in self._held:
+                held = ", ".join(map(str, self._held)) or "none"
+                message = f"holder {self._name} does not hold version {version}; held: {held}"
+                raise LocalProtocolError(message, name=self._name, weight_version=version)
+            return self._held[version]
+
+    def release(self, version: int) -> None:
+        """Drop a version; its segments wait for the next `publish`. Idempotent."""
+        with self._lock:
+            found = self._held.pop(version, None)
+            if found is not None:
+                self._free.append(found[0])
+
+    def close(self) -> None:
+        """Drop all versions and give their memory back once no peer maps it; idempotent."""
+        with self._lock:
+            self._closed = True
+            sets = self._free + [held for held, _ in self._held.values()]
+            self._free, self._held = [], {}
+        for one in sets:
+            one.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Reading:
+    """One pass over a source into segments."""
+
+    def __init__(self, source: WeightSource, target: _SegmentSet) -> None:
+        self._source = source
+        self._target = target
+        self._stop = threading.Event()
+        self._done_bytes = 0
+        self._lock = threading.Lock()
+        self._futures: list[Future[None]] = []
+
+    def run(self, num_threads: int, progress: Progress | None, end: float) -> None:
+        """Read everything; on the first failure the others stop after the region they are at."""
+        tasks = self._target.layout.tasks(cut=getattr(self._source, "reads_parts", False))
+        pool = ThreadPoolExecutor(num_threads, "headrace-read")
+        try:
+            self._futures = [pool.submit(self._read, task) for task in tasks]
+            self._wait(progress, end)
+        finally:
+            self._stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            left = max(0.0, min(end - time.monotonic(), Deadlines().heartbeat_s))
+            wait(self._futures, timeout=left)
+
+    def idle(self) -> bool:
+        """Return whether no reader is at work any more."""
+        return all(future.done() for future in self._futures)
+
+    def _wait(self, progress: Progress | None, end: float) -> None:
+        pending: Iterable[Future[None]] = self._futures
+        total = self._target.layout.num_bytes
+        while pending:
+            finished, pending = wait(pending, timeout=_TICK_S, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+            if progress is not None:
+                progress(self._done_bytes, total)
+            if pending and time.monotonic() > end:
+                message = f"reading stopped at {self._done_bytes} of {total} bytes: the deadline has passed"
+                raise TransferTimeoutError(message, phase="publish", retryable=True)
+
+    def _read(self, task: list[Slot]) -> None:
+        for slot in task:
+            if self._stop.is_set():
+                return
+            if slot.num_bytes:
+                self._source.read(SourceRegion(slot.region.name, slot.region.box), self._target.bytes_of(slot))
+            with self._lock:
+                self._done_bytes += slot.num_bytes
