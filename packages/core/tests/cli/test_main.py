@@ -40,7 +40,7 @@ def test_help_imports_no_engine_and_no_torch() -> None:
     script = (
         "import sys\nfrom headrace.cli.main import app\n"
         "app(['--help'], standalone_mode=False)\n"
-        "print(sorted({'torch', 'numpy', 'zmq', 'httpx', 'transformers', 'starlette'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'zmq', 'httpx', 'transformers', 'starlette'} & set(sys.modules)))\n"
     )
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
