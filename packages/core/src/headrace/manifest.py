@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal
+
+import numpy as np
 
 from headrace.geometry import RegionTable
 from headrace.types import ParamTable
@@ -57,3 +61,12 @@ class Manifest:
     params: ParamTable
     segments: tuple[SegmentDescriptor, ...]
     regions: RegionTable
+
+    @cached_property
+    def layout_key(self) -> str:
+        """Digest of what lies where, without version, address and segment ids: equal layouts have equal plans."""
+        sizes = [segment.num_bytes for segment in self.segments]
+        digest = hashlib.sha256(f"{self.params.key}{sizes}{self.regions.ndim}".encode())
+        for column in fields(self.regions):
+            digest.update(np.ascontiguousarray(getattr(self.regions, column.name)).tobytes())
+        return digest.hexdigest()[:32]

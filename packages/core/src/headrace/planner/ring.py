@@ -1,0 +1,196 @@
+"""The ring between holder and receiver: how large, how deep, and what lies where in its slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from headrace.config import MIB
+from headrace.errors import CapacityError
+from headrace.geometry import RegionTable
+from headrace.plan import Ring
+from headrace.planner.join import restrict
+from headrace.types import I32, I64
+
+ALIGN_BYTES = 64
+LEAST_SLOT_BYTES = 4096
+MOST_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Boxes laid out in buckets: row `i` lies at byte `offset[i]` of bucket `bucket[i]`.
+
+    Attributes:
+        bucket: Bucket of each row, shape (N,).
+        offset: First byte in the bucket, shape (N,).
+        owner: Owner of each bucket, shape (B,).
+        num_bytes: Used bytes of each bucket, shape (B,).
+    """
+
+    bucket: I64
+    offset: I64
+    owner: I32
+    num_bytes: I64
+
+
+def choose_ring(
+    total_bytes: int,
+    budget_bytes: int,
+    bucket_bytes: int,
+    *,
+    num_buckets: int | None = None,
+    reserved_bytes: int = 0,
+) -> Ring:
+    """Choose how `total_bytes` pass through a budget: all at once, overlapped, or one slot at a time.
+
+    Args:
+        total_bytes: Bytes that pass through the ring.
+        budget_bytes: Memory that staging may take.
+        bucket_bytes: Wished size of one slot.
+        num_buckets: Slots that hold everything; by default as many as `total_bytes` fills.
+        reserved_bytes: Memory that is taken from the budget first (opaque buffers).
+
+    Raises:
+        CapacityError: Not even one slot fits; says how much is needed.
+    """
+    if not total_bytes:
+        return Ring("none", 0, 0, "nothing passes through a ring")
+    bucket_bytes = max(bucket_bytes // ALIGN_BYTES, 1) * ALIGN_BYTES
+    room = budget_bytes - reserved_bytes
+    wished = num_buckets or -(-total_bytes // bucket_bytes)
+    if wished * bucket_bytes <= room:
+        why = f"all {size(total_bytes)} fit into the {size(room)} that staging may take"
+        return Ring("staged", bucket_bytes, wished, why)
+    least = min(MIB, bucket_bytes)
+    slot = bucket_bytes
+    while slot > least and 2 * slot > room:
+        slot = max(slot // 2 // ALIGN_BYTES * ALIGN_BYTES, least)
+    short = f"{size(total_bytes)} do not fit into the {size(room)} that staging may take"
+    if 2 * slot <= room:
+        depth = min(MOST_DEPTH, room // slot)
+        return Ring("overlapped", slot, depth, f"{short}: {depth} slots of {size(slot)} take turns")
+    return _serial(room, bucket_bytes, short, reserved_bytes)
+
+
+def _serial(room: int, bucket_bytes: int, short: str, reserved_bytes: int) -> Ring:
+    slot = min(room // LEAST_SLOT_BYTES * LEAST_SLOT_BYTES, bucket_bytes)
+    if room < LEAST_SLOT_BYTES:
+        needed = LEAST_SLOT_BYTES + reserved_bytes
+        opaque = f" ({size(reserved_bytes)} of it for opaque buffers)" if reserved_bytes else ""
+        raise CapacityError(
+            f"staging may take {size(room + reserved_bytes)}, at least {size(needed)} are needed{opaque}; "
+            "raise budget_bytes or free memory beside the engine",
+            name="budget_bytes",
+        )
+    return Ring(
+        "serial",
+        slot,
+        1,
+        f"{short}, nor do two slots: one slot of {size(slot)} is filled and emptied in turn",
+    )
+
+
+def check_reserved(reserved_bytes: int, budget_bytes: int, who: str) -> None:
+    """Refuse a budget that opaque buffers alone exceed.
+
+    Raises:
+        CapacityError: Says how much is needed.
+    """
+    if reserved_bytes > budget_bytes:
+        raise CapacityError(
+            f"{who}: tensors that go through the engine's own loader take {size(reserved_bytes)}, staging may take "
+            f"{size(max(budget_bytes, 0))}; raise budget_bytes to at least {reserved_bytes}",
+            name="budget_bytes",
+        )
+
+
+def cut(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[RegionTable, I64]:
+    """Cut boxes into pieces of at most `limit_bytes`: along dim 0, further dims where one row is still too large.
+
+    Returns:
+        The pieces in the order of the boxes, and the row of the box that each piece comes from.
+    """
+    total = table.num_elements * itemsize
+    if not len(table) or int(total.max()) <= limit_bytes:
+        return table, np.arange(len(table))
+    inner = itemsize[:, None] * _inner_elements(table.shape)
+    dim = np.argmax(inner <= limit_bytes, axis=1)[:, None]
+    column = np.arange(table.ndim)[None, :]
+    chunk = np.where(
+        column > dim, table.shape, np.where(column == dim, np.maximum(limit_bytes // inner, 1), 1)
+    )
+    chunk = np.minimum(chunk, table.shape)
+    steps = -(-table.shape // chunk)
+    num = steps.prod(axis=1)
+    rows = np.repeat(np.arange(len(table)), num)
+    number = np.arange(len(rows)) - np.repeat(np.cumsum(num) - num, num)
+    index = number[:, None] // _inner_elements(steps)[rows] % steps[rows]
+    shift = index * chunk[rows]
+    shape = np.minimum(chunk[rows], table.shape[rows] - shift)
+    return restrict(table, rows, table.offsets[rows] + shift, shape), rows
+
+
+def pack(owner: I32, num_bytes: I64, slot_bytes: int) -> Packing:
+    """Lay rows out in buckets per owner, in the order given, each at a multiple of 64 bytes; owners take turns.
+
+    Args:
+        owner: Owner per row, ascending.
+        num_bytes: Bytes per row, none above `slot_bytes`.
+        slot_bytes: Size of a bucket, a multiple of 64.
+    """
+    padded = -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
+    ends = np.cumsum(padded)
+    starts, turns = _bucket_starts(owner, ends, slot_bytes)
+    order = np.lexsort((owner[starts], turns)) if len(starts) else np.zeros(0, np.int64)
+    number = np.empty(len(starts), np.int64)
+    number[order] = np.arange(len(starts))
+    rows_in = np.diff(np.append(starts, len(owner)))
+    offset = ends - padded - np.repeat((ends - padded)[starts], rows_in)
+    last = np.append(starts, len(owner))[1:] - 1
+    used = offset[last] + num_bytes[last]
+    return Packing(np.repeat(number, rows_in), offset, owner[starts][order].astype(np.int32), used[order])
+
+
+def _bucket_starts(owner: I32, ends: I64, slot_bytes: int) -> tuple[I64, I64]:
+    """Return the first row of each bucket and its turn, counted per owner."""
+    starts: list[int] = []
+    turns: list[int] = []
+    owner_ends = np.append(np.flatnonzero(np.diff(owner)) + 1, len(owner))
+    row = 0
+    for owner_end in owner_ends.tolist() if len(owner) else ():
+        turn = 0
+        while row < owner_end:
+            starts.append(row)
+            turns.append(turn)
+            begin = int(ends[row - 1]) if row else 0
+            row = min(int(np.searchsorted(ends, begin + slot_bytes, side="right")), owner_end)
+            turn += 1
+    return np.array(starts, np.int64), np.array(turns, np.int64)
+
+
+def slot_regions(pieces: RegionTable, packing: Packing, itemsize: I64) -> RegionTable:
+    """Return the pieces as they lie in their slots: row-major; the slot of a row's bucket is block 0."""
+    strides = itemsize[:, None] * _inner_elements(pieces.shape)
+    slot = np.zeros(len(pieces), np.int32)
+    return RegionTable(pieces.param, pieces.offsets, pieces.shape, slot, packing.offset, strides)
+
+
+def _inner_elements(shape: I64) -> I64:
+    """Return the elements that one step of each dim spans, row-major."""
+    inner = np.ones_like(shape)
+    inner[:, :-1] = np.cumprod(shape[:, :0:-1], axis=1)[:, ::-1]
+    return inner
+
+
+def size(num_bytes: int) -> str:
+    """Return bytes as people read them: `512 bytes`, `1.5 MiB`."""
+    if num_bytes < LEAST_SLOT_BYTES:
+        return f"{num_bytes} bytes"
+    value, unit = num_bytes / 1024, "KiB"
+    for larger in ("MiB", "GiB", "TiB"):
+        if value < 1024:  # noqa: PLR2004 - binary units
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
