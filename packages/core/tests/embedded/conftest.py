@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def start_engine() -> Iterator[StartEngine]:
     """Start engines that are ready, and stop them after the test."""
+    yield from _starter()
+
+
+@pytest.fixture(scope="session")
+def shared_engine() -> Iterator[StartEngine]:
+    """Return engines that tests share; a test leaves them as it found them."""
+    starter = _starter()
+    yield cache(next(starter))
+    next(starter, None)
+
+
+def _starter() -> Iterator[StartEngine]:
     engines: list[EmbeddedEngine] = []
 
     def start(model: Path, **options: object) -> EmbeddedEngine:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from headrace.embedded.fleet import AnyReply, Fleet
-from headrace.embedded.generation import Event, Finished, Request, Sampling, Sink, TokenMade
+from headrace.embedded.generation import Event, Finished, Request, Sampling, Sink, TokenMade, version_conflict
 from headrace.embedded.messages import (
     Command,
     Done,
@@ -246,7 +246,7 @@ class EmbeddedEngine:
                 self._is_stepping = False
                 self._changed.notify_all()
         with self._changed:
-            difference = _difference(replies)
+            difference = version_conflict(replies)
             if difference:
                 self._mixed_steps += 1
             for request, token in zip(requests, replies[0].tokens, strict=True):
@@ -330,16 +330,3 @@ def _check_one_version(ranks: list[WorkerStatus]) -> None:
         told = ", ".join(f"rank {r.rank}: {r.weights_state}, version {r.version}" for r in ranks)
         message = f"the weights are not of one confirmed version ({told}); an update must finish first"
         raise LocalProtocolError(message, weights_state="mixed", retryable=True)
-
-
-def _difference(replies: list[Stepped]) -> str:
-    """Return how a step saw more than one version of the weights; empty if it did not."""
-    versions = {moment.version for r in replies for moment in (r.begin, r.end)}
-    moved = any(r.begin.epoch != r.end.epoch or not r.begin.settled for r in replies)
-    if len(versions) == 1 and not moved:
-        return ""
-    told = "; ".join(
-        f"rank {rank}: version {r.begin.version} to {r.end.version}, epoch {r.begin.epoch} to {r.end.epoch}"
-        for rank, r in enumerate(replies)
-    )
-    return f"a step saw weights that changed under it ({told}); pause the engine before a commit"

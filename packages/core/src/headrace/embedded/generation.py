@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from headrace.embedded.messages import Job
+from headrace.embedded.messages import Job, Stepped
 from headrace.errors import HeadraceError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -98,3 +98,16 @@ def version_spans(versions: list[int | None]) -> list[tuple[int | None, int, int
         else:
             spans.append((version, index, index + 1))
     return spans
+
+
+def version_conflict(replies: Sequence[Stepped]) -> str:
+    """Return how a step saw more than one version of the weights; empty if it did not."""
+    versions = {moment.version for r in replies for moment in (r.begin, r.end)}
+    moved = any(r.begin.epoch != r.end.epoch or not r.begin.settled for r in replies)
+    if len(versions) == 1 and not moved:
+        return ""
+    told = "; ".join(
+        f"rank {rank}: version {r.begin.version} to {r.end.version}, epoch {r.begin.epoch} to {r.end.epoch}"
+        for rank, r in enumerate(replies)
+    )
+    return f"a step saw weights that changed under it ({told}); pause the engine before a commit"

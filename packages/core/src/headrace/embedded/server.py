@@ -78,10 +78,13 @@ def _http_server(engine: EmbeddedEngine) -> uvicorn.Server:
 def _listen(settings: EngineSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family)
+        listener = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
         message = f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port"
         raise ConfigError(message, name="port") from error
+    # asyncio sees no TCP in a socket made elsewhere, and Nagle would hold every answer's body back for 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 class ShardLoader:
     """Copies full checkpoint tensors into shards.
 
-    Only views and `copy_` touch a tensor wherever the model's naming allows it, so that copies can be noted; the
+    Only views and `copy_` touch a tensor wherever the naming allows it, so that copies can be recorded. The
     rest (permuted or split weights) goes through transformers' own conversion of complete groups.
     """
 
