@@ -54,11 +54,11 @@ class CheckpointSummary:
 class CheckpointSource:
     """Reads a checkpoint; each of `parts` readers takes a contiguous share of about equal bytes.
 
-    Headers are read and checked on construction, tensor bytes only by `read`. Every part sees the same metadata.
+    Headers are read and checked on construction, tensor bytes only by `read`. All parts see equal metadata.
 
     Args:
-        path: A `.safetensors` file, or a folder with `model.safetensors`, `model.safetensors.index.json` and its
-            shards, or any safetensors files.
+        path: A `.safetensors` file, or a folder with `model.safetensors`, `model.safetensors.index.json`
+            and its shards, or any safetensors files.
         parts: Number of readers that share the checkpoint.
         part: Which of them this is.
 
@@ -66,7 +66,7 @@ class CheckpointSource:
         reads_parts: Regions may be read in slabs of their first dim.
 
     Raises:
-        CheckpointError: Something is missing, damaged or contradictory; names everything that is wrong at once.
+        CheckpointError: Something is missing, damaged or contradictory; names all that is wrong at once.
     """
 
     reads_parts = True
@@ -77,18 +77,21 @@ class CheckpointSource:
         self._path = Path(path)
         self._files, self._ignored = _open_all(self._path)
         self._where = {entry.name: (file, entry) for file in self._files for entry in file.entries}
-        self._mine = _share([entry for file in self._files for entry in file.entries], parts, part)
+        entries = [entry for file in self._files for entry in file.entries]
+        self._params = ParamTable(ParamMeta(entry.name, entry.dtype, entry.shape) for entry in entries)
+        mine = _share(entries, parts, part)
+        self._regions = tuple(SourceRegion(entry.name, Box.whole(entry.shape)) for entry in mine)
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._closed = False
 
     def metadata(self) -> ParamTable:
         """Return all tensors in the order of their files and bytes."""
-        return ParamTable(ParamMeta(entry.name, entry.dtype, entry.shape) for _, entry in self._where.values())
+        return self._params
 
     def regions(self) -> Sequence[SourceRegion]:
         """Return this part's tensors, whole."""
-        return [SourceRegion(entry.name, Box.whole(entry.shape)) for entry in self._mine]
+        return self._regions
 
     def read(self, region: SourceRegion, out: memoryview) -> None:
         """Write a region, or a slab of its first dim, into `out`. Blocking; thread-safe.
@@ -124,8 +127,8 @@ class CheckpointSource:
                 raise CheckpointError(message, name=entry.name, retryable=True) from error
             if got == 0:
                 message = (
-                    f"{file.path}: ends at byte {offset + done}, inside tensor {entry.name!r}; it was cut off "
-                    "after it was opened: wait until it is written, then try again"
+                    f"{file.path}: ends at byte {offset + done}, inside tensor {entry.name!r}; it was cut "
+                    "off after it was opened: wait until it is written, then try again"
                 )
                 raise CheckpointError(message, name=entry.name, retryable=True)
             done += got
@@ -214,10 +217,16 @@ def _open_indexed(folder: Path, found: list[Path]) -> tuple[list[SafetensorsFile
     files = _open_each(folder, [folder / name for name in names])
     held = {(entry.name, file.path.name) for file in files for entry in file.entries}
     listed = set(weight_map.items())
-    problems = [f"{file} lacks tensor {name!r}, which the index lists" for name, file in sorted(listed - held)]
-    problems += [f"{file} has tensor {name!r}, which the index does not" for name, file in sorted(held - listed)]
+    problems = [
+        f"{file} lacks tensor {name!r}, which the index lists" for name, file in sorted(listed - held)
+    ]
+    problems += [
+        f"{file} has tensor {name!r}, which the index does not" for name, file in sorted(held - listed)
+    ]
     if problems:
-        raise damaged(folder, problems, f"{_INDEX} and shards are of different checkpoints: download both again")
+        raise damaged(
+            folder, problems, f"{_INDEX} and shards are of different checkpoints: download both again"
+        )
     return files, [path for path in found if path.name not in names]
 
 

@@ -31,11 +31,13 @@ class Layout:
 
     Attributes:
         params: All parameters of the model.
+        regions: What the holder has.
         slots: One per region, dense, at multiples of `ALIGN`.
         segment_bytes: Size of each segment.
     """
 
     params: ParamTable
+    regions: tuple[SourceRegion, ...]
     slots: tuple[Slot, ...]
     segment_bytes: tuple[int, ...]
 
@@ -57,7 +59,7 @@ class Layout:
                 sizes.append(0)
             slots.append(Slot(region, len(sizes) - 1, sizes[-1], num_bytes))
             sizes[-1] += room
-        return cls(params, tuple(slots), tuple(max(size, ALIGN) for size in sizes))
+        return cls(params, tuple(regions), tuple(slots), tuple(max(size, ALIGN) for size in sizes))
 
     @property
     def num_bytes(self) -> int:
@@ -75,7 +77,7 @@ class Layout:
         return RegionTable.from_rows(rows, self.params.max_ndim)
 
     def tasks(self, *, cut: bool, task_bytes: int = TASK_BYTES) -> Iterator[list[Slot]]:
-        """Yield what to read together: small regions joined, large ones cut along their first dim if `cut`."""
+        """Yield what to read together: small regions joined, large ones cut in their first dim if `cut`."""
         task: list[Slot] = []
         size = 0
         for whole in self.slots:
@@ -112,7 +114,7 @@ def _check(params: ParamTable, regions: Sequence[SourceRegion]) -> None:
             continue
         shape, box = params[index].shape, region.box
         inside = len(box.shape) == len(box.offsets) == len(shape) and all(
-            0 <= o and 0 <= n and o + n <= e for o, n, e in zip(box.offsets, box.shape, shape, strict=True)
+            o >= 0 and n >= 0 and o + n <= e for o, n, e in zip(box.offsets, box.shape, shape, strict=True)
         )
         if not inside:
             problems.append(f"{region.name}: {box} is not inside its shape {shape}")

@@ -1,12 +1,13 @@
 """One safetensors file: its header, distrusted and checked whole, and where every tensor's bytes lie.
 
-    u64 header length | JSON header | tensor bytes, back to back, without holes        little-endian
+u64 header length | JSON header | tensor bytes, back to back, without holes        little-endian
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,7 +77,7 @@ class SafetensorsFile:
         """Read and check the header; tensor bytes are not read.
 
         Raises:
-            CheckpointError: The file cannot be read or breaks the format; names the file and every bad tensor.
+            CheckpointError: The file cannot be read or breaks the format; names it and all bad tensors.
         """
         header, data_begin, num_bytes = _read_header(path)
         metadata, entries, problems = _parse(header, data_begin)
@@ -111,7 +112,9 @@ def _read_header(path: Path) -> tuple[bytes, int, int]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}", name=str(path)) from error
     if len(header) < length:
-        raise damaged(path, [f"is cut off inside its header: {num_bytes} bytes, the header alone ends at {begin}"])
+        raise damaged(
+            path, [f"is cut off inside its header: {num_bytes} bytes, the header alone ends at {begin}"]
+        )
     return header, begin, num_bytes
 
 
@@ -119,11 +122,9 @@ def _parse(header: bytes, data_begin: int) -> tuple[dict[str, str], list[TensorE
     problems: list[str] = []
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            problems.extend(f"{name!r} occurs twice in the header" for name in found if names.count(name) > 1)
-        return found
+        counts = Counter(name for name, _ in pairs)
+        problems.extend(f"{name!r} occurs twice in the header" for name, count in counts.items() if count > 1)
+        return dict(pairs)
 
     try:
         tree = json.loads(header, object_pairs_hook=unique) if header else None
@@ -184,7 +185,9 @@ def _placement_problems(entries: list[TensorEntry], data_begin: int, num_bytes: 
             )
     first, last = (entries[0].begin, entries[-1].end) if entries else (data_begin, data_begin)
     if first > data_begin:
-        problems.append(f"bytes [{data_begin}, {first}) before tensor {entries[0].name!r} belong to no tensor")
+        problems.append(
+            f"bytes [{data_begin}, {first}) before tensor {entries[0].name!r} belong to no tensor"
+        )
     if last < num_bytes:
         problems.append(f"bytes [{last}, {num_bytes}) at the end belong to no tensor")
     return problems

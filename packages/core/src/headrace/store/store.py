@@ -60,8 +60,9 @@ class _SegmentSet:
             self.close()
             raise
         self.regions = layout.region_table()
-        for segment in self.segments if lender is not None else ():
-            lender.lend(segment)
+        if lender is not None:
+            for segment in self.segments:
+                lender.lend(segment)
 
     @property
     def descriptors(self) -> tuple[SegmentDescriptor, ...]:
@@ -69,7 +70,7 @@ class _SegmentSet:
 
     def bytes_of(self, slot: Slot) -> memoryview:
         tensor = self.segments[slot.segment].tensor[slot.begin : slot.begin + slot.num_bytes]
-        return memoryview(tensor.numpy())
+        return tensor.numpy().data
 
     def close(self) -> None:
         for segment in self.segments:
@@ -81,11 +82,12 @@ class _SegmentSet:
 class Store:
     """Holds the newest versions of what one source's rank has. Lives in the holder.
 
-    Two sets of segments take turns, so that segment ids stay the same over versions and peers keep their mappings.
-    A version's bytes do not change until the version after next is published: that takes over its segments.
+    Two sets of segments take turns, so that segment ids stay the same over versions and peers keep their
+    mappings. A version's bytes do not change until the version after next is published: that takes over its
+    segments.
 
-    Call order: 1. `publish`. 2. `manifest`, `tensors`. 3. `release` or the next `publish`. 4. `close`. One thread
-    publishes; the others may be called from any.
+    Call order: 1. `publish`. 2. `manifest`, `tensors`. 3. `release` or the next `publish`. 4. `close`. One
+    thread publishes; the others may be called from any.
 
     Args:
         source: Read by `publish`; the caller's to close.
@@ -114,6 +116,7 @@ class Store:
         self._free: list[_SegmentSet] = []
         self._held: dict[int, tuple[_SegmentSet, PublishedVersion]] = {}
         self._newest = -1
+        self._layout: Layout | None = None
         self._closed = False
 
     @property
@@ -125,10 +128,10 @@ class Store:
     def publish(
         self, version: int, progress: Progress | None = None, deadline_s: float = Deadlines().read_s
     ) -> PublishedVersion:
-        """Read all regions of the source into segments; afterwards the version is complete and does not change.
+        """Read all regions of the source into segments; afterwards the version is complete and stays so.
 
-        Blocking, in several threads. Where two versions are held, the older is dropped first and its segments are
-        taken over; the newest stays as it is, also when this fails.
+        Blocking, in several threads. Where two versions are held, the older is dropped first and its segments
+        are taken over; the newest stays as it is, also when this fails.
 
         Args:
             version: Must be greater than any published before.
@@ -137,18 +140,18 @@ class Store:
 
         Raises:
             LocalProtocolError: The version does not grow, or the store is closed or publishing.
-            CapacityError: Not enough host memory; nothing changed.
+            CapacityError: Not enough host memory.
             CheckpointError: The source cannot be read.
             TransferTimeoutError: Reading took too long.
         """
         if not self._publishing.acquire(blocking=False):
-            raise LocalProtocolError(f"holder {self._name} is publishing already; wait for it", name=self._name)
+            raise LocalProtocolError(
+                f"holder {self._name} is publishing already; wait for it", name=self._name
+            )
         try:
             self._check_version(version)
             begin = time.monotonic()
-            regions = self._source.regions()
-            layout = Layout.of(self._source.metadata(), regions, self._segment_bytes)
-            chosen = self._take_set(layout)
+            chosen = self._take_set(self._current_layout())
             self._fill(chosen, progress, begin + deadline_s)
             return self._keep(version, chosen, time.monotonic() - begin)
         finally:
@@ -161,13 +164,21 @@ class Store:
             message = f"version {version} does not grow; holder {self._name} has published {self._newest}"
             raise LocalProtocolError(message, name=self._name, weight_version=version)
 
+    def _current_layout(self) -> Layout:
+        """Return the layout of what the source has now; the same object while that stays the same."""
+        params, regions = self._source.metadata(), tuple(self._source.regions())
+        known = self._layout
+        if known is None or known.regions != regions or known.params != params:
+            known = self._layout = Layout.of(params, regions, self._segment_bytes)
+        return known
+
     def _take_set(self, layout: Layout) -> _SegmentSet:
         """Return segments of `layout` that hold no version any more, making them where there are none."""
         with self._lock:
             while len(self._held) > 1:
                 self._free.append(self._held.pop(next(iter(self._held)))[0])
-            fitting = [one for one in self._free if one.layout == layout]
-            unfit = [one for one in self._free if one.layout != layout]
+            fitting = [one for one in self._free if one.layout is layout]
+            unfit = [one for one in self._free if one.layout is not layout]
             self._free = fitting[1:]
         for old in unfit:
             old.close()
@@ -180,7 +191,7 @@ class Store:
         except BaseException:
             with self._lock:
                 # A reader that hangs could still write: segments it may touch are never used again.
-                if reading.idle():
+                if reading.idle() and not self._closed:
                     self._free.append(chosen)
                 else:
                     chosen.close()
@@ -192,8 +203,12 @@ class Store:
         manifest = Manifest(holder, version, layout.params, chosen.descriptors, chosen.regions)
         published = PublishedVersion(version, manifest, layout.num_bytes, seconds)
         with self._lock:
-            self._held[version] = (chosen, published)
-            self._newest = version
+            if not self._closed:
+                self._held[version] = (chosen, published)
+                self._newest = version
+        if self._closed:
+            chosen.close()
+            raise LocalProtocolError(f"holder {self._name} was closed while it published", name=self._name)
         _log.info("holder %s: version %d, %d bytes in %.2f s", self._name, version, layout.num_bytes, seconds)
         return published
 
@@ -295,6 +310,8 @@ class _Reading:
             if self._stop.is_set():
                 return
             if slot.num_bytes:
-                self._source.read(SourceRegion(slot.region.name, slot.region.box), self._target.bytes_of(slot))
+                self._source.read(
+                    SourceRegion(slot.region.name, slot.region.box), self._target.bytes_of(slot)
+                )
             with self._lock:
                 self._done_bytes += slot.num_bytes

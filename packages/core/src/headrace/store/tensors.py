@@ -18,7 +18,8 @@ class TensorSource:
     Tied tensors are published under each of their names. Any strides and devices; nothing is gathered.
 
     Args:
-        tensors: Names in checkpoint naming and their tensors; kept by reference.
+        tensors: Names in checkpoint naming and their tensors; kept by reference: a parameter whose `data`
+            is replaced later is followed.
         dtype: Floating dtype to publish floating tensors in (integers and quantised ones stay as they are);
             None keeps each tensor's own.
 
@@ -37,12 +38,15 @@ class TensorSource:
         dtype: str | None = None,
     ) -> None:
         if dtype is not None and DTYPES[dtype_code(dtype)].kind != "float":
-            raise ConfigError(f"cannot publish in {dtype}; choose a floating dtype such as bfloat16", name=dtype)
+            raise ConfigError(
+                f"cannot publish in {dtype}; choose a floating dtype such as bfloat16", name=dtype
+            )
         pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
         for name, tensor in pairs:
             _check(name, tensor)
         self._params = ParamTable(_meta(name, tensor, dtype) for name, tensor in pairs)
-        self._tensors = {name: tensor.detach() for name, tensor in pairs}
+        self._regions = tuple(SourceRegion(meta.name, Box.whole(meta.shape)) for meta in self._params)
+        self._tensors = dict(pairs)
 
     def metadata(self) -> ParamTable:
         """Return all tensors in the order given."""
@@ -50,13 +54,13 @@ class TensorSource:
 
     def regions(self) -> Sequence[SourceRegion]:
         """Return all tensors, whole."""
-        return [SourceRegion(meta.name, Box.whole(meta.shape)) for meta in self._params]
+        return self._regions
 
     def read(self, region: SourceRegion, out: memoryview) -> None:
         """Copy a region, or a box of it, into `out`, casting as torch's `copy_` does. Blocking; thread-safe.
 
         Raises:
-            CheckpointError: The tensor's memory is gone.
+            CheckpointError: The tensor's owner has freed or reshaped it.
         """
         tensor, index = self._tensors.get(region.name), self._params.index_of(region.name)
         if tensor is None or index is None:
@@ -68,8 +72,9 @@ class TensorSource:
             raise LocalProtocolError(message, name=region.name)
         if out.nbytes == 0:
             return
-        if tensor.untyped_storage().nbytes() == 0:
-            message = f"{region.name}: its memory was freed by its owner; publish while it is materialised"
+        tensor = tensor.detach()
+        if tuple(tensor.shape) != self._params[index].shape or tensor.untyped_storage().nbytes() == 0:
+            message = f"{region.name}: its owner has freed or reshaped it; publish while it is materialised"
             raise CheckpointError(message, name=region.name)
         for dim, (begin, extent) in enumerate(zip(region.box.offsets, region.box.shape, strict=True)):
             tensor = tensor.narrow(dim, begin, extent)
