@@ -34,7 +34,8 @@ def reference(folder: Path, prompt: list[int], num_tokens: int = 24) -> list[int
         max_new_tokens=num_tokens,
         do_sample=False,
     )
-    return made[0, len(prompt) :].tolist()
+    tokens: list[int] = made[0, len(prompt) :].tolist()
+    return tokens
 
 
 def tokens_of(engine: EmbeddedEngine, prompt: list[int], sampling: Sampling = GREEDY) -> list[int]:

@@ -53,7 +53,7 @@ def load_backend(folder: Path) -> TorchBackend:
 
 
 def whole_tensors(folder: Path) -> Whole:
-    found = {}
+    found: Whole = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as reader:
             found |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
@@ -79,7 +79,7 @@ def sha256_of_boxes(whole: torch.Tensor, print_: Fingerprint) -> str:
         index = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.shape, strict=True))
         boxes.append(whole[index])
     shard = torch.cat(boxes, dim=print_.dim) if len(boxes) > 1 else boxes[0]
-    return hashlib.sha256(shard.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(shard.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_moe", "tied"])

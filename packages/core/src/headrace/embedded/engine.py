@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,7 +108,7 @@ class EmbeddedEngine:
             self._changed.notify_all()
         return request
 
-    def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[TokenMade]:
+    def generate(self, prompt: list[int], sampling: Sampling) -> Generator[TokenMade, None, None]:
         """Yield tokens as they are made; closing the iterator cancels the request.
 
         Raises:
