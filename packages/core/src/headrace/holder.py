@@ -35,7 +35,7 @@ from headrace.store.tensors import TensorSource
 from headrace.telemetry import Recorder
 from headrace.transports.collective import BroadcastGroup
 from headrace.transports.program import CopyProgram
-from headrace.transports.tcp import TcpServer
+from headrace.transports.tcp_server import TcpServer
 
 logger = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.1
@@ -75,10 +75,12 @@ class Holder:
         self._index = ticket.index
         self._source = source
         self._owns_source = owns_source
-        self._store = Store(source, self.name)
         self._recorder = Recorder(f"holder {ticket.index}")
         self._lender = Lender(host)
-        self._tcp = TcpServer(token_bytes(32), host)
+        self._store = Store(source, self.name, lender=self._lender)
+        self._secret = token_bytes(32)
+        self._served: dict[str, torch.Tensor] = {}
+        self._tcp = TcpServer(self._served.get, self._secret, host)
         self._dialer = Dialer(ticket.endpoint, ticket.server_key)
         self._token = ticket.token
         self._group: BroadcastGroup | None = None
@@ -90,13 +92,12 @@ class Holder:
     @property
     def address(self) -> HolderAddress:
         """How receivers reach this holder's memory."""
-        return HolderAddress(self.name, self._lender.unix_socket, self._tcp.endpoint, self._tcp.secret)
+        return HolderAddress(self.name, self._lender.unix_socket, self._tcp.endpoint, self._secret)
 
     def run(self) -> None:
         """Serve until `Shutdown` or until the coordinator is lost; closes everything. Blocking."""
         try:
             self._lender.start()
-            self._tcp.start()
             self._dialer.send(wire.HolderHello(token=self._token, index=self._index, pid=os.getpid()))
             while not isinstance(message := self._dialer.receive(None), wire.Shutdown):
                 self._take(message)
@@ -168,13 +169,19 @@ class Holder:
         with self._recorder.span("read"):
             self._store.publish(message.version, progress)
         manifest = self._store.manifest(message.version, self.address)
-        for segment in self._store.segments(message.version):
-            self._lender.lend(segment)
-            self._tcp.serve(segment)
+        self._serve_held()
         return wire.Published(manifest=manifest, spans=tuple(self._recorder.drain()))
 
+    def _serve_held(self) -> None:
+        """Let the data server read the versions that the store holds, and no others."""
+        held = [segment for version in self._store.versions for segment in self._store.segments(version)]
+        wanted = {segment.descriptor.segment_id: segment.tensor for segment in held}
+        for gone in self._served.keys() - wanted.keys():
+            del self._served[gone]
+        self._served.update(wanted)
+
     def _sum_digests(self, message: wire.SumDigests) -> wire.Digests:
-        blocks = [segment.tensor for segment in self._store.segments(message.version)]
+        blocks = self._store.tensors(message.version)
         with self._recorder.span("digest"):
             sums = digest(message.table, blocks, num_groups=message.num_groups)
         return wire.Digests(key=message.key, sums=sums)
@@ -233,16 +240,17 @@ class Holder:
 
     def _filler(self, message: wire.Broadcast, ring: _Ring) -> Callable[[int, int], None]:
         plan, mine = message.plan, message.holder_of_member[message.member]
-        sources = [segment.tensor for segment in self._store.segments(message.version)]
-        own = {d.segment_id: i for i, d in enumerate(s.descriptor for s in self._store.segments(message.version))}
-        local = [own.get(segment.segment_id, -1) for segment in plan.segments]
+        held = self._store.segments(message.version)
+        sources = [segment.tensor for segment in held]
+        own = {segment.descriptor.segment_id: i for i, segment in enumerate(held)}
+        empty = torch.empty(0, dtype=torch.uint8)
+        blocks = [sources[own[s.segment_id]] if s.segment_id in own else empty for s in plan.segments]
         slot_bytes = plan.ring.slot_bytes
 
         def fill(bucket: int, slot: int) -> None:
             if plan.bucket_owner[bucket] != mine:
                 return
             rows = plan.fill.take(slice(int(plan.fill_starts[bucket]), int(plan.fill_starts[bucket + 1])))
-            blocks = [sources[i] if i >= 0 else torch.empty(0, dtype=torch.uint8) for i in local]
             target = ring.slots.tensor[slot * slot_bytes : (slot + 1) * slot_bytes]
             CopyProgram(rows, blocks, [target]).run()
 

@@ -119,7 +119,7 @@ class DirectDelivery:
             for number, segment in enumerate(self._plan.segments):
                 holder = self._holders[int(self._plan.segment_holder[number])]
                 self._transport.open(holder, segment, deadline_s)
-                self._transport.populate(segment.segment_id, POPULATE_CHUNK_BYTES)
+                self._transport.mapping(segment.segment_id).populate(POPULATE_CHUNK_BYTES)
         sources = [self._transport.mapped(segment.segment_id) for segment in self._plan.segments]
         with self._recorder.span("build"):
             self._buckets = [_bucket(self._plan, b, sources, self._blocks) for b in range(self._plan.num_buckets)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
+from collections.abc import Iterable
 
 from headrace import wire
 from headrace.control.dialer import Dialer
@@ -37,6 +39,7 @@ class Receiver:
         self.recorder = Recorder(f"receiver {backend.identity().worker}")
         self.recipes = RecipeBook(backend, self.recorder)
         self.memory = MemoryTransport()
+        self._recent: deque[frozenset[str]] = deque(maxlen=2)
         self._session: Session | None = None
         self._lock = threading.Lock()
 
@@ -68,6 +71,11 @@ class Receiver:
             pending_version=self.pending_version,
             busy_with=busy_with,
         )
+
+    def keep_mapped(self, segment_ids: Iterable[str]) -> None:
+        """Drop mappings that neither this update nor the one before uses: holders alternate between two sets."""
+        self._recent.append(frozenset(segment_ids))
+        self.memory.retain(frozenset().union(*self._recent))
 
     def close(self) -> None:
         """Leave a running update (it fails) and release mappings; idempotent."""

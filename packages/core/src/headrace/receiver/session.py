@@ -145,6 +145,7 @@ class Session:
         self._pointers = targets.pointers()
         self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
         self._delivery.stage(FETCH_DEADLINE_S)
+        self._receiver.keep_mapped(segment.segment_id for segment in message.plan.segments)
         self._state = "staged"
         return wire.Staged(spans=tuple(self._receiver.recorder.drain()))
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from headrace import wire
 from headrace.config import Deadlines
 from headrace.errors import HeadraceError, PlanError
+from headrace.manifest import HolderAddress
 from headrace.plan import BroadcastPlan
 from headrace.planner import ReceiverNeeds
 from headrace.server.switchboard import Peer, gather
@@ -49,7 +50,7 @@ class BroadcastRun:
         self._rings = rings
 
     def start(
-        self, version: int, served_by: Sequence[int | None], addresses: Sequence[wire.HolderAddress], limits: Deadlines
+        self, version: int, served_by: Sequence[int | None], addresses: Sequence[HolderAddress], limits: Deadlines
     ) -> list[wire.RingAddress | None]:
         """Have all holders join the group, make their rings and begin; returns each receiver's ring.
 

@@ -20,6 +20,8 @@ from headrace.manifest import Manifest
 from headrace.protocols import WeightSource
 from headrace.segments.folders import sweep
 from headrace.server.switchboard import Peer, Switchboard, ask_all
+from headrace.server.torchrun import Launch, hand_out
+from headrace.store.checkpoint import CheckpointSource
 
 logger = logging.getLogger(__name__)
 STARTUP_S = 60.0
@@ -38,11 +40,15 @@ class HolderPool:
     """Starts holders, tells them what to publish, and ends them. Used by one thread.
 
     With a checkpoint, every holder is a process that reads its part. With a source in this process, holder 0 is a
-    thread here and holds everything; further holders are processes that only pass broadcasts on.
+    thread here and holds everything; further holders are processes that only pass broadcasts on. Under torchrun the
+    holders are its ranks, this process included.
     """
 
-    def __init__(self, spec: SourceSpec, switchboard: Switchboard, host: HostSettings) -> None:
+    def __init__(
+        self, spec: SourceSpec, switchboard: Switchboard, host: HostSettings, launch: Launch | None = None
+    ) -> None:
         self._spec = spec
+        self._launch = launch
         self._switchboard = switchboard
         self._host = host
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -58,11 +64,17 @@ class HolderPool:
         Raises:
             TransferTimeoutError: A holder did not come up.
         """
+        count = self._launch.world_size if self._launch else count
         if len(self.peers) >= count and not any(peer.lost for peer in self.peers):
             return
         self.stop()
         tickets = [self._ticket(index) for index in range(count)]
-        for ticket in tickets:
+        if self._launch is not None:
+            hand_out(self._launch, tickets[1:])
+            tickets_here = tickets[:1]
+        else:
+            tickets_here = tickets
+        for ticket in tickets_here:
             self._start(ticket, count)
         tokens = {ticket.token for ticket in tickets}
         found = self._switchboard.arrivals(
@@ -115,10 +127,11 @@ class HolderPool:
 
     def _start(self, ticket: HolderTicket, count: int) -> None:
         if self._spec.source is not None and ticket.index == 0:
-            holder = Holder(self._spec.source, ticket, self._host, owns_source=False)
-            thread = threading.Thread(target=_contained, args=(holder,), name="headrace-holder-0", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._start_here(Holder(self._spec.source, ticket, self._host, owns_source=False))
+            return
+        if self._launch is not None and self._spec.checkpoint is not None:
+            source = CheckpointSource(self._spec.checkpoint, parts=count, part=ticket.index)
+            self._start_here(Holder(source, ticket, self._host))
             return
         spec = {
             "ticket": asdict(ticket),
@@ -133,6 +146,11 @@ class HolderPool:
             raise PeerLostError("a holder process was started without a pipe")
         process.stdin.write(json.dumps(spec).encode() + b"\n")
         process.stdin.flush()
+
+    def _start_here(self, holder: Holder) -> None:
+        thread = threading.Thread(target=_contained, args=(holder,), name="headrace-holder-0", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     @staticmethod
     def _end(process: subprocess.Popen[bytes], limit: float) -> None:

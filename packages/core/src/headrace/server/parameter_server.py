@@ -22,6 +22,7 @@ from headrace.server.commit import Member
 from headrace.guardian import Guardian
 from headrace.server.holders import HolderPool, ProgressCallback, SourceSpec
 from headrace.server.switchboard import Switchboard
+from headrace.server.torchrun import Launch
 from headrace.server.update import Kept, Update
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.tensors import TensorSource
@@ -37,7 +38,7 @@ Target = str | EngineControl
 class ParameterServer:
     """Brings weights of one source into serving engines. Lives in the updater; one update at a time.
 
-    Call order: 1. construct. 2. `update`, as often as wanted; `set_tensors` between. 3. `close` (or `with`).
+    Call order: 1. construct. 2. `update`, as often as wanted. 3. `close` (or `with`).
 
     Args:
         checkpoint: Folder or file of safetensors; holder processes read it.
@@ -45,6 +46,7 @@ class ParameterServer:
         source: Any other WeightSource of this process.
         holders: Number of holders; None takes one for `direct`, one per worker for `broadcast`.
         host: Sockets of this host; None reads the environment.
+        launch: torchrun's ranks as holders, this process being rank 0.
 
     Raises:
         ConfigError: Not exactly one source was given.
@@ -59,6 +61,7 @@ class ParameterServer:
         source: WeightSource | None = None,
         holders: int | None = None,
         host: HostSettings | None = None,
+        launch: Launch | None = None,
     ) -> None:
         if sum(given is not None for given in (checkpoint, tensors, source)) != 1:
             raise ConfigError("give exactly one of checkpoint, tensors and source")
@@ -68,19 +71,9 @@ class ParameterServer:
         hub = Hub(self._host)
         board = Switchboard(hub)
         self._kept = Kept(
-            board, HolderPool(spec, board, self._host), Planner(), Guardian(), {}, RingHost(self._host.bind_host)
+            board, HolderPool(spec, board, self._host, launch), Planner(), Guardian(), {}, RingHost(self._host.bind_host)
         )
         self._busy = threading.Lock()
-
-    def set_tensors(self, tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Publish other tensors from the next update on; only for a server made with `tensors`.
-
-        Raises:
-            LocalProtocolError: The server holds something else.
-        """
-        if not isinstance(self._source, TensorSource):
-            raise LocalProtocolError("only a server made with tensors= takes new tensors")
-        self._source.replace(tensors)
 
     def update(
         self,
@@ -230,7 +223,7 @@ def _worker_report(member: Member) -> WorkerReport:
         opaque_names=tuple(member.recipe.sources[int(i)].name for i in plan.opaque),
         casts=casts(member.recipe),
         stage_s=seconds("map", "build", "stage"),
-        commit_s=seconds("commit"),
+        commit_s=seconds("copy", "load"),
         verify_s=seconds("verify"),
     )
 

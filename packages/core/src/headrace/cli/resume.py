@@ -1,0 +1,31 @@
+"""`headrace resume`: lets an engine go on whose updater died in the pause, if its weights are whole."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headrace.cli.console import stdout
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(resume)
+
+
+def resume(
+    to: Annotated[list[str], typer.Option(help="Engine as NAME=URL; repeatable.")],
+    deadline_s: Annotated[float, typer.Option(help="How long to wait for the engine's workers.")] = 60.0,
+) -> None:
+    """Resume engines that an updater left paused; one whose ranks hold different weights stays paused."""
+    from headrace.config import host_settings
+    from headrace.guardian import recover
+    from headrace.registry import engine_control
+
+    for target in to:
+        control = engine_control(target)
+        try:
+            stdout().print(recover(control, host_settings(), deadline_s), markup=False)
+        finally:
+            control.close()

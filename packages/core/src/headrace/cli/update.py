@@ -1,0 +1,82 @@
+"""`headrace update`: brings a checkpoint's weights into running engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headrace.cli.console import print_json, stdout
+from headrace.cli.render import print_report, report_json
+from headrace.config import GIB, MIB, Deadlines, UpdateSettings
+from headrace.telemetry import chrome_trace
+
+if TYPE_CHECKING:
+    from headrace.report import UpdateReport
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(update)
+
+
+def update(
+    checkpoint: Annotated[Path, typer.Option(help="Folder or file of safetensors.")],
+    to: Annotated[list[str], typer.Option(help="Engine as NAME=URL, e.g. torch=http://127.0.0.1:8000; repeatable.")],
+    route: Annotated[str, typer.Option(help="auto, direct or broadcast.")] = "auto",
+    transport: Annotated[str, typer.Option(help="auto, memory or tcp.")] = "auto",
+    cache: Annotated[str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")] = "recompute",
+    verify: Annotated[str, typer.Option(help="none, digest or full.")] = "digest",
+    version: Annotated[int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse source names that nothing uses.")] = False,
+    holders: Annotated[int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")] = None,
+    budget_gib: Annotated[float | None, typer.Option(help="Most staging memory per worker; default: what is free.")] = None,
+    bucket_mib: Annotated[float, typer.Option(help="Size of one bucket.")] = 64.0,
+    ready_s: Annotated[float, typer.Option(help="How long to wait for an engine that is not up yet.")] = 600.0,
+    trace: Annotated[Path | None, typer.Option(help="Write Chrome trace events (Perfetto).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Replace the weights of running engines by a checkpoint's, while they serve."""
+    settings = UpdateSettings(
+        route=_any(route),
+        transport=transport,
+        cache=_any(cache),
+        verify=_any(verify),
+        version=version,
+        strict=strict,
+        budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
+        bucket_bytes=int(bucket_mib * MIB),
+        deadlines=Deadlines(ready_s=ready_s),
+    )
+    made = _update(checkpoint, to, settings, holders)
+    if made is None:
+        return
+    if report is not None:
+        report.write_text(json.dumps(report_json(made), indent=2))
+    if trace is not None:
+        trace.write_text(json.dumps(chrome_trace(made.spans)))
+    if as_json:
+        print_json(report_json(made))
+    else:
+        print_report(stdout(), made)
+
+
+def _any(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says what is allowed
+    return value
+
+
+def _update(checkpoint: Path, to: list[str], settings: UpdateSettings, holders: int | None) -> UpdateReport | None:
+    """Run the update; under torchrun every rank holds a part and rank 0 leads, the others return None."""
+    from headrace.cli.progress import UpdateProgress
+    from headrace.server.parameter_server import ParameterServer
+    from headrace.server.torchrun import hold_as_rank, launched_by_torchrun
+
+    launch = launched_by_torchrun()
+    if launch is not None and launch.rank > 0:
+        hold_as_rank(launch, checkpoint)
+        return None
+    with ParameterServer(checkpoint, holders=holders, launch=launch) as server, UpdateProgress() as progress:
+        return server.update(to, settings, progress=progress)
