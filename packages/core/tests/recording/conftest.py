@@ -33,7 +33,7 @@ def values(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Bench:
     @property
     def table(self) -> ParamTable:
         return ParamTable(
-            ParamMeta(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self.tensors.items()
+            ParamMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
         )
 
     @property
@@ -120,7 +121,7 @@ def _write(
 
 
 @pytest.fixture
-def bench() -> Callable[..., Bench]:
+def make_bench() -> Callable[..., Bench]:
     """Return a maker of benches: `(module, load, {name: shape or tensor}, dtype)`."""
 
     def make(

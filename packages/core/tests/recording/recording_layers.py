@@ -177,7 +177,9 @@ class Decoder(nn.Module):
     )
     EXPERTS = (("w13_", "gate_proj.", "w1"), ("w13_", "up_proj.", "w3"), ("w2_", "down_proj.", "w2"))
 
-    def __init__(self, tp: Tp, layers: int = 2, experts: int = 0, *, tied: bool = False, **options: bool) -> None:
+    def __init__(
+        self, tp: Tp, layers: int = 2, experts: int = 0, *, tied: bool = False, **options: bool
+    ) -> None:
         super().__init__()
         self.num_experts = experts
         self.embed_tokens = Embedding(tp)
@@ -192,9 +194,8 @@ class Decoder(nn.Module):
         for name, loaded in pairs:
             if "inv_freq" in name or name.startswith("mtp."):
                 continue
-            if name == "lm_head.weight" and name not in params:
-                name = "embed_tokens.weight"
-            done.add(self._load_one(params, name, loaded))
+            is_tied = name == "lm_head.weight" and name not in params
+            done.add(self._load_one(params, "embed_tokens.weight" if is_tied else name, loaded))
         return done
 
     def _load_one(self, params: dict[str, nn.Parameter], name: str, loaded: torch.Tensor) -> str:

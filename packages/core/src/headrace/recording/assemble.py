@@ -1,4 +1,4 @@
-"""Makes a LoadRecipe out of what the recorder saw: maps targets to live tensors, checks coverage, spreads opacity."""
+"""Makes a LoadRecipe out of what the recorder saw: live tensors, coverage, what is opaque."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def record(  # noqa: PLR0913 - the backend's answers, each by its name
 ) -> LoadRecipe:
     """Run the engine's loader on its skeleton and return what it copies where. Not proven yet.
 
-    In the worker, no collective, no device work; blocks for as long as the loader takes without data. `ThreadPoolExecutor`
-    work that the loader submits runs on the calling thread meanwhile. Live tensors are only looked at.
+    In the worker, no collective, no device work; blocks as long as the loader takes without data. What the
+    loader submits to a `ThreadPoolExecutor` runs on the calling thread. Live tensors are only looked at.
 
     Args:
         skeleton: Structure and loader; left as it was.
@@ -58,7 +58,7 @@ def record(  # noqa: PLR0913 - the backend's answers, each by its name
         can_rederive: Whether the engine can compute them again.
 
     Returns:
-        The recipe. Its targets are the live tensors, without names that are the same memory as an earlier one.
+        The recipe. Its targets are the live tensors; of several names of one memory the first.
 
     Raises:
         UncoveredRegionError: The loader leaves elements of live tensors unwritten; lists all.
@@ -117,7 +117,8 @@ class _Assembly:
         kept = [name for name in self._rows if name not in opaque.reasons]
         rows = [row for name in kept for row in self._rows[name]]
         used = {row[0] for row in rows} | opaque.sources
-        reasons = {name: why for name, why in opaque.reasons.items() if self._targets.index_of(name) is not None}
+        known = self._targets.index_of
+        reasons = {name: why for name, why in opaque.reasons.items() if known(name) is not None}
         return LoadRecipe(
             sources=self._sources,
             targets=self._targets,
@@ -183,7 +184,7 @@ class _Assembly:
         return None
 
     def _add_rows(self, rows: list[Row], piece: Piece, surface: Surface, block: int) -> str | None:
-        assert surface.grid is not None  # noqa: S101 - `_place` has refused such surfaces
+        assert surface.grid is not None
         source, itemsize = piece.content.source, surface.dtype.itemsize
         meta = self._sources[source]
         why = _cast_problem(piece, meta.dtype, surface.dtype)
@@ -207,13 +208,16 @@ class _Assembly:
                 continue
             if refused:
                 which = self._sources[next(iter(refused))].name
-                self._refuse_if(name, f"is not all written; may be filled from {which}, on which the loader raised")
+                self._refuse_if(name, f"may be filled from {which}, on which the loader raised")
             elif not self._rules.optional(name):
                 missing.append(self._missing(name, surface))
         if missing:
-            message = f"the source leaves {len(missing)} live tensors without all their values: {'; '.join(missing)}"
-            advice = "; give a source with these parameters, or let the backend name them optional"
-            raise UncoveredRegionError(message + advice, phase="record", name=missing[0].split(" ")[0])
+            raise UncoveredRegionError(
+                f"the source leaves {len(missing)} live tensors without values: {'; '.join(missing)}; "
+                "give a source with these parameters, or let the backend name them optional",
+                phase="record",
+                name=missing[0].split(" ")[0],
+            )
 
     def _missing(self, name: str, surface: Surface) -> str:
         known = [self._sources[i].name for i in sorted(surface.feeds)]
@@ -254,12 +258,11 @@ def _layout_difference(skeleton: torch.Tensor, live: torch.Tensor) -> str | None
 
 def _cast_problem(piece: Piece, source: str, target: torch.dtype) -> str | None:
     name = _name(target)
-    if source == name:
-        return None if piece.content.lands_in(target) else f"a cast chain from {source} ends in {name}"
-    kinds = {DTYPES[dtype_code(dtype)].kind for dtype in (source, name)}
-    if kinds != {"float"}:
+    if not piece.content.lands_in(target):
+        return f"a cast chain from {source} rounds to {piece.content.dtype} before it ends in {name}"
+    if source != name and {DTYPES[dtype_code(dtype)].kind for dtype in (source, name)} != {"float"}:
         return f"a cast from {source} to {name} is the engine's to make"
-    return None if piece.content.lands_in(target) else f"a cast chain from {source} rounds before it ends in {name}"
+    return None
 
 
 def _inside(piece: Piece, valid: Box) -> Piece | None:
@@ -284,7 +287,7 @@ def _ids(ids: Iterable[int]) -> np.ndarray:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.stride()
 
 
 def _overlapping(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
@@ -293,7 +296,7 @@ def _overlapping(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
     for name, tensor in tensors.items():
         if tensor.numel():
             size = tensor.element_size()
-            begin = tensor.storage_offset() * size
+            begin = int(tensor.storage_offset()) * size
             reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             key = tensor.untyped_storage()._cdata
             spans.setdefault(key, []).append((begin, begin + reach * size, name))

@@ -51,7 +51,7 @@ class RecipeCache:
     """Recipes by worker layout and source: `WorkerIdentity.layout` and `ParamTable.key`.
 
     Args:
-        folder: Where files are kept too, made with mode 0700 if it is missing; None keeps recipes in memory only.
+        folder: Where files are kept too, made with mode 0700 if missing; None keeps recipes in memory only.
             Whoever may write to it decides where weights go.
     """
 
@@ -60,7 +60,7 @@ class RecipeCache:
         self._recipes: dict[tuple[str, str], LoadRecipe] = {}
 
     def get(self, layout: str, sources: ParamTable) -> LoadRecipe | None:
-        """Return the recipe of a layout and source, or None. A file that cannot be trusted is ignored and logged."""
+        """Return the recipe of a layout and source, or None. A damaged file is ignored and logged."""
         key = (layout, sources.key)
         if key not in self._recipes:
             found = self._read(layout, sources)
@@ -70,7 +70,7 @@ class RecipeCache:
         return self._recipes[key]
 
     def put(self, layout: str, recipe: LoadRecipe) -> None:
-        """Keep a recipe, in place of an earlier one. A folder that cannot be written is logged, not an error."""
+        """Keep a recipe, in place of an earlier one. A folder that cannot be written is only logged."""
         self._recipes[layout, recipe.sources.key] = recipe
         if self._folder is None:
             return
@@ -81,7 +81,7 @@ class RecipeCache:
             logger.warning("recipe cache %s cannot be written: %s", self._folder, error)
 
     def _path(self, layout: str, source_key: str) -> Path:
-        assert self._folder is not None  # noqa: S101 - both callers have asked
+        assert self._folder is not None
         digest = hashlib.sha256(f"{layout}\n{source_key}".encode()).hexdigest()
         return self._folder / f"{digest[:32]}.recipe"
 
@@ -156,7 +156,7 @@ def _check(recipe: LoadRecipe) -> None:
     tables = ((regions.param, recipe.sources), (regions.block, recipe.targets), (fills.block, recipe.targets),
               (recipe.opaque, recipe.sources), (recipe.unused, recipe.sources))  # fmt: skip
     for ids, table in tables:
-        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < len(table)):
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(table)):
             raise ValueError("an id lies outside of its table")
     wide, whole = regions.widened(recipe.sources.max_ndim), recipe.sources.shapes[regions.param]
     if wide.ndim != whole.shape[1] or (wide.offsets < 0).any() or (wide.offsets + wide.shape > whole).any():

@@ -1,4 +1,4 @@
-"""Runs an engine's loader on a skeleton, as often as it takes to find the sources it cannot be recorded with."""
+"""Runs an engine's loader on a skeleton, again without the sources on which it raises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from headrace.protocols import Skeleton
-from headrace.recording.recorder import META, DataNeededError, Recorder, recording
+from headrace.recording.recorder import META, Recorder, recording
+from headrace.recording.scalars import DataNeededError
 from headrace.types import ParamTable
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Recording:
 
 
 def run_loader(skeleton: Skeleton, sources: ParamTable, live: Mapping[str, torch.Tensor]) -> Recording | None:
-    """Run the loader on tensors without data; a source that it raises on is left out and the loader run again.
+    """Run the loader on tensors without data; leave out a source that it raises on, and run it again.
 
     Returns:
         The recording, or None where the loader keeps raising, whatever is left out.
@@ -74,14 +75,15 @@ class _Run:
         self._exhausted = False
         for id_, meta in enumerate(self._metas):
             self._recorder.add_source(id_, meta)
-        self._add_targets()
+        self._add_targets(live)
         for name, tensor in live.items():
             self._recorder.guard(name, tensor)
         self._kept = {name: tensor.data for name, tensor in skeleton.tensors.items()}
 
-    def _add_targets(self) -> None:
+    def _add_targets(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Follow every destination once; of several names of one memory the first live one counts."""
         owners: dict[int, str] = {}
-        for name, tensor in self._skeleton.tensors.items():
+        for name, tensor in sorted(self._skeleton.tensors.items(), key=lambda item: item[0] not in live):
             owner = owners.setdefault(tensor.untyped_storage()._cdata, name)
             if owner == name:
                 self._recorder.add_target(name, tensor)
@@ -95,7 +97,7 @@ class _Run:
         try:
             with _inline_pools(), recording(self._recorder):
                 self._skeleton.load(self._pairs(left_out))
-        except Exception as error:  # noqa: BLE001 - the engine's loader may raise anything; its sources become opaque
+        except Exception as error:
             culprits = self._blame(error)
             logger.debug("the loader raised on %s", [self._sources[i].name for i in culprits], exc_info=error)
             return dict.fromkeys(culprits, f"the loader raised {type(error).__name__}: {error}")
@@ -104,7 +106,10 @@ class _Run:
         return {}
 
     def result(self, refused: dict[int, str]) -> Recording:
-        return Recording(self._recorder, self._aliases, refused, self._recorder.leftovers(), self._unusable)
+        asked = dict.fromkeys(self._recorder.asked, "the loader looks at its values")
+        return Recording(
+            self._recorder, self._aliases, asked | refused, self._recorder.leftovers(), self._unusable
+        )
 
     def _pairs(self, left_out: Mapping[int, str]) -> Iterator[tuple[str, torch.Tensor]]:
         for id_, meta in enumerate(self._sources):
@@ -114,7 +119,7 @@ class _Run:
         self._exhausted = True
 
     def _blame(self, error: Exception) -> set[int]:
-        """Return the sources that an exception is about: those whose data was asked for, or those just handled."""
+        """Return the sources that an exception is about: whose data was asked for, or that came last."""
         if isinstance(error, DataNeededError) and error.sources:
             return set(error.sources)
         if self._exhausted and self._recorder.last_feeds:
@@ -125,7 +130,8 @@ class _Run:
         """Undo `param.data = ...`; such a target cannot be recorded, its memory would not be the live one."""
         for name, data in self._kept.items():
             tensor = self._skeleton.tensors[name]
-            if tensor.untyped_storage()._cdata != data.untyped_storage()._cdata or not _same_view(tensor, data):
+            moved = tensor.untyped_storage()._cdata != data.untyped_storage()._cdata
+            if moved or not _same_view(tensor, data):
                 self._unusable[name] = "the loader replaced the tensor"
                 surface = self._recorder.targets.get(name)
                 if surface is not None:
@@ -143,7 +149,7 @@ def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _same_pattern(sources: ParamTable, refused: Mapping[int, str]) -> dict[int, str]:
-    """Return sources named like two refused ones but for numbers: layers are alike, one run each would be slow."""
+    """Return sources named like two refused ones but for numbers: layers are alike."""
     counts: dict[str, list[int]] = {}
     for id_ in refused:
         counts.setdefault(_pattern(sources[id_].name), []).append(id_)

@@ -1,4 +1,4 @@
-"""Compares a recipe with weights that the engine itself loaded; what differs goes back to the engine's loader."""
+"""Compares a recipe with weights that the engine itself loaded; what differs is the loader's again."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def whole_tensors(source: WeightSource) -> Callable[[str], torch.Tensor]:
     def read(name: str) -> torch.Tensor:
         index = metas.index_of(name)
         if index is None:
-            raise IntegrityError(f"{name} cannot be compared: the source does not have it", phase="prove", name=name)
+            raise IntegrityError(f"{name} is recorded and not in the source", phase="prove", name=name)
         meta = metas[index]
         buffer = torch.empty(meta.num_bytes, dtype=torch.uint8)
-        source.read(SourceRegion(name, Box.whole(meta.shape)), memoryview(buffer.numpy()))
+        source.read(SourceRegion(name, Box.whole(meta.shape)), memoryview(buffer.numpy().data))
         return buffer.view(getattr(torch, meta.dtype)).view(meta.shape)
 
     return read
@@ -46,14 +46,14 @@ def prove(
 ) -> LoadRecipe:
     """Compare every recorded destination with its source, bit for bit, and return the recipe as proven.
 
-    In the worker, no collective; reads live tensors, writes nothing. Needs weights in place that the engine's own
-    loader put there from the same source. NaN payloads count.
+    In the worker, no collective; reads live tensors, writes nothing. Needs weights in place that the engine's
+    own loader put there from the same source. NaN payloads count.
 
     Args:
         recipe: As recorded.
         live: The engine's live tensors.
-        tensor_of: Returns a whole source tensor by name, on any device; called once per source, in table order, and
-            dropped after use. `whole_tensors` makes one from a checkpoint.
+        tensor_of: Returns a whole source tensor by name, on any device; called once per source, in table
+            order, and dropped after use. `whole_tensors` makes one from a checkpoint.
         reload_unit: Unit that a target is reloaded with.
 
     Returns:
@@ -76,7 +76,8 @@ def prove(
     _compare_fills(recipe, blocks, wrong)
     reasons = {recipe.targets[block].name: why for block, why in wrong.items()}
     if reasons:
-        logger.info("%d of %d targets differ from their recipe: %s", len(reasons), len(blocks), sorted(reasons)[:5])
+        some = ", ".join(sorted(reasons)[:5])
+        logger.info("%d of %d targets differ from their recipe: %s", len(reasons), len(blocks), some)
     return without(recipe, reasons, reload_unit)
 
 
@@ -86,8 +87,8 @@ def without(recipe: LoadRecipe, reasons: Mapping[str, str], reload_unit: Callabl
     feeds: dict[str, set[int]] = {name: set() for name in names}
     for param, block in zip(recipe.regions.param.tolist(), recipe.regions.block.tolist(), strict=True):
         feeds[names[block]].add(param)
-    all_reasons = recipe.opaque_reasons | dict(reasons)
-    opaque = spread(feeds, all_reasons, dict.fromkeys(recipe.opaque.tolist(), "goes through the loader"), reload_unit)
+    sources = dict.fromkeys(recipe.opaque.tolist(), "a source goes through the loader")
+    opaque = spread(feeds, recipe.opaque_reasons | dict(reasons), sources, reload_unit)
     gone = np.array([name in opaque.reasons for name in names], bool)
     keep_region, keep_fill = ~gone[recipe.regions.block], ~gone[recipe.fills.block]
     fills = recipe.fills
@@ -103,7 +104,7 @@ def without(recipe: LoadRecipe, reasons: Mapping[str, str], reload_unit: Callabl
             value=fills.value[keep_fill],
         ),
         opaque=np.array(sorted(opaque.sources), np.int32),
-        opaque_reasons={name: why for name, why in opaque.reasons.items() if recipe.targets.index_of(name) is not None},
+        opaque_reasons=opaque.reasons,
         proven=True,
     )
 
@@ -116,8 +117,9 @@ def _compare_source(
     wrong: dict[int, str],
 ) -> None:
     regions, rank = recipe.regions, tensor.dim()
-    columns = [regions.block, regions.base, regions.offsets, regions.shape, regions.strides]
-    for block, base, offsets, shape, strides in zip(*(column[rows].tolist() for column in columns), strict=True):
+    for row in rows.tolist():
+        block, base = int(regions.block[row]), int(regions.base[row])
+        offsets, shape, strides = (c[row].tolist() for c in (regions.offsets, regions.shape, regions.strides))
         if block in wrong:
             continue
         target, size = blocks[block], _itemsize(recipe.targets, block)
@@ -133,8 +135,9 @@ def _compare_source(
 
 def _compare_fills(recipe: LoadRecipe, blocks: list[torch.Tensor | None], wrong: dict[int, str]) -> None:
     fills = recipe.fills
-    columns = [fills.block, fills.base, fills.shape, fills.strides, fills.value]
-    for block, base, shape, strides, value in zip(*(column.tolist() for column in columns), strict=True):
+    for row in range(len(fills)):
+        block, base, value = int(fills.block[row]), int(fills.base[row]), float(fills.value[row])
+        shape, strides = fills.shape[row].tolist(), fills.strides[row].tolist()
         target = blocks[block]
         if target is None:
             wrong[block] = "the engine no longer has the tensor"
@@ -152,5 +155,3 @@ def _same(here: torch.Tensor, there: torch.Tensor) -> bool:
 
 def _itemsize(targets: ParamTable, block: int) -> int:
     return int(ITEMSIZES[targets.dtype_codes[block]])
-
-

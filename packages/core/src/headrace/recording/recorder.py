@@ -1,4 +1,4 @@
-"""The dispatch mode under which an engine's loader runs: copies into targets are noted, nothing is written."""
+"""The mode under which an engine's loader runs: copies into targets are noted, nothing is written."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from headrace.errors import HeadraceError
 from headrace.geometry import Loop
+from headrace.recording.scalars import DataNeededError, ScalarMode
 from headrace.recording.surface import FILL, Content, Grid, Run, Surface, rounded_to, view_loops
 
 aten = torch.ops.aten
 META = torch.device("meta")
-
-
-class DataNeededError(HeadraceError):
-    """A loader looked at values while it was being recorded; `sources` are the ids it looked at."""
-
-    def __init__(self, message: str, sources: Iterable[int] = ()) -> None:
-        super().__init__(message, phase="record")
-        self.sources = frozenset(sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +31,25 @@ class Source:
 State = Source | Surface
 
 
-class StandIn(float):
-    """What `.item()` of a source returns: `fill_` may consume it, everything else fails."""
-
-    __slots__ = ("feeds", "tensor")
-    tensor: torch.Tensor
-    feeds: frozenset[int]
-
-
-def _refuse(self: StandIn, *_: object) -> Any:  # noqa: ANN401 - stands for every number method
-    raise DataNeededError("the loader computes with .item() of a source", self.feeds)
-
-
-_NUMBER_METHODS = (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod divmod rdivmod pow rpow neg pos abs "
-    "eq ne lt le gt ge bool int float round trunc ceil floor hash"
-).split()
-for _method in _NUMBER_METHODS:
-    setattr(StandIn, f"__{_method}__", _refuse)
-for _name in ("is_integer", "as_integer_ratio", "hex", "conjugate"):
-    setattr(StandIn, _name, _refuse)
-
 _METADATA_ONLY = frozenset(
-    f"aten::{name}" for name in ("squeeze_", "unsqueeze_", "t_", "transpose_", "swapdims_", "swapaxes_", "detach_")
+    f"aten::{name}_" for name in ("squeeze", "unsqueeze", "t", "transpose", "swapdims", "swapaxes", "detach")
 )
 """In-place operations that change a view and no data."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """Follows sources through views, copies, casts and concatenations into targets.
 
-    Enter with `recording()`. Storages are the identity of memory: a view shares its base's, so view operations
-    need no code here. What is not understood breaks the surfaces it reaches; nothing is ever guessed.
+    Enter with `recording()`. Storages are the identity of memory: a view shares its base's, so views need no
+    code here. What is not understood breaks the surfaces it reaches; nothing is ever guessed.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.states: dict[int, State] = {}
         self.targets: dict[str, Surface] = {}
         self.guards: dict[str, Surface] = {}
+        self.asked: set[int] = set()
         self.last_feeds: frozenset[int] = frozenset()
         self._storages: list[torch.UntypedStorage] = []
         self._handlers: dict[Any, Callable[..., Any]] = self._make_handlers()
@@ -111,18 +83,33 @@ class Recorder(TorchDispatchMode):
             return {state.id}
         return set(state.feeds) if state else set()
 
+    def tracked(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor's memory holds what the loader put there, or a source."""
+        state = self.state_of(tensor)
+        return state is not None and (isinstance(state, Source) or state.written)
+
+    def refuse(self, message: str, feeds: Iterable[int]) -> DataNeededError:
+        """Note that values of sources were asked for, even if the loader swallows the returned error."""
+        self.asked.update(feeds)
+        return DataNeededError(message, feeds)
+
     def leftovers(self) -> set[int]:
         """Return sources whose data still lies in memory that is no target: something holds on to it."""
         held: set[int] = set()
         for storage in self._storages:
             state = self.states.get(storage._cdata)
-            if isinstance(state, Surface) and self.targets.get(state.name or "") is not state and state.feeds:
-                if state.name is not None or torch._C._storage_Use_Count(storage._cdata) > 1:
-                    held |= state.feeds
+            if not isinstance(state, Surface) or self.targets.get(state.name or "") is state:
+                continue
+            if state.name is not None or torch._C._storage_Use_Count(storage._cdata) > 1:
+                held |= state.feeds
         return held
 
-    def __torch_dispatch__(  # noqa: D105
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401, ARG002
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         handler = self._handlers.get(func)
         if handler is None:
@@ -134,16 +121,15 @@ class Recorder(TorchDispatchMode):
         self.states[storage._cdata] = state
         self._storages.append(storage)  # keeps the address from being given to another storage
 
-    # -- what operations do ------------------------------------------------------------------------------------
-
     def _make_handlers(self) -> dict[Any, Callable[..., Any]]:
         filled = {
             aten.zeros.default: 0.0, aten.zeros_like.default: 0.0, aten.new_zeros.default: 0.0,
             aten.ones.default: 1.0, aten.ones_like.default: 1.0, aten.new_ones.default: 1.0,
         }  # fmt: skip
         valued = {
-            aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0
-        }
+            aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2,
+            aten.scalar_tensor.default: 0,
+        }  # fmt: skip
         empty = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default,
                  aten.empty_strided.default, aten.new_empty_strided.default)  # fmt: skip
         return {
@@ -199,14 +185,15 @@ class Recorder(TorchDispatchMode):
         return target
 
     def _copy_constant(self, into: Surface, target: torch.Tensor, source: torch.Tensor) -> None:
-        if source.device != META and source.numel() == 1:
-            self._fill(target, source.item())
-        else:
+        value = _constant(source)
+        if value is None:
             into.breaks("a copy of values that no source holds", set())
+        else:
+            self._fill(target, value)
 
     def _follow(self, into: Surface, target: torch.Tensor, source: torch.Tensor, out_of: State) -> None:
         loops = view_loops(target.shape, source.stride(), target.stride())
-        begin, end = source.storage_offset(), target.storage_offset()
+        begin, end = int(source.storage_offset()), int(target.storage_offset())
         if isinstance(out_of, Source):
             into.write(Run(Content(out_of.id, out_of.dtype), begin, end, loops))
             return
@@ -230,7 +217,7 @@ class Recorder(TorchDispatchMode):
         else:
             content = Content(FILL, into.dtype, False, rounded_to(value, into.dtype))
             loops = tuple(Loop(n, 0, s) for n, s in zip(target.shape, target.stride(), strict=True))
-            into.write(Run(content, 0, target.storage_offset(), loops))
+            into.write(Run(content, 0, int(target.storage_offset()), loops))
         return target
 
     def _surface_of(self, tensor: torch.Tensor) -> Surface:
@@ -238,14 +225,26 @@ class Recorder(TorchDispatchMode):
         state = self.state_of(tensor)
         if isinstance(state, Surface):
             return state
-        grid = Grid.flat(tensor.untyped_storage().nbytes() // tensor.element_size())
-        surface = Surface(tensor.dtype, grid)
+        storage = tensor.untyped_storage()
+        length = storage.nbytes() // tensor.element_size()
+        surface = Surface(tensor.dtype, Grid.flat(length))
+        self._register(tensor, surface)
         if isinstance(state, Source):
             surface.breaks("the loader writes into its input", {state.id})
-        self._register(tensor, surface)
+        elif tensor.device != META:
+            whole = tensor.as_strided((length,), (1,), 0)
+            value = _constant(whole)
+            if value is not None:
+                self._fill(whole, value)
         return surface
 
-    def _created(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], value: float | None) -> torch.Tensor:  # noqa: ANN401
+    def _created(
+        self,
+        func: Any,  # noqa: ANN401
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        value: float | None,
+    ) -> torch.Tensor:
         made: torch.Tensor = func(*args, **kwargs)
         if made.device == META:
             self._register(made, Surface(made.dtype, Grid.of(made)))
@@ -258,13 +257,9 @@ class Recorder(TorchDispatchMode):
         self._register(made, Surface(made.dtype, Grid.of(made)))
         return made
 
-    def _tracked(self, tensor: torch.Tensor) -> bool:
-        state = self.state_of(tensor)
-        return state is not None and (isinstance(state, Source) or state.written)
-
     def _clone(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401
         source = args[0]
-        if not self._tracked(source):
+        if not self.tracked(source):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         options = {k: v for k, v in kwargs.items() if k in ("dtype", "memory_format")}
         shadow = torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device=META)
@@ -274,7 +269,7 @@ class Recorder(TorchDispatchMode):
 
     def _cat(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401
         tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        if not any(map(self._tracked, tensors)):
+        if not any(map(self.tracked, tensors)):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         made = self._fresh(func([t.to(META) for t in tensors], dim))
         begin = 0
@@ -286,7 +281,7 @@ class Recorder(TorchDispatchMode):
 
     def _stack(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401
         tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        if not any(map(self._tracked, tensors)):
+        if not any(map(self.tracked, tensors)):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         made = self._fresh(func([t.to(META) for t in tensors], dim))
         for i, tensor in enumerate(tensors):
@@ -296,7 +291,7 @@ class Recorder(TorchDispatchMode):
     def _pad(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401
         source, pads = args[0], list(args[1])
         value = args[2] if len(args) > 2 else kwargs.get("value", 0)
-        if not self._tracked(source) or min(pads) < 0:
+        if not self.tracked(source) or min(pads) < 0:
             return self._compute(func, args, kwargs)  # type: ignore[no-any-return]
         made = self._fresh(func(source.to(META), pads, value))
         self._fill(made, value)
@@ -319,11 +314,12 @@ class Recorder(TorchDispatchMode):
 
     def _compute(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
         tensors = list(_tensors((args, kwargs)))
-        if not any(map(self._tracked, tensors)):
+        if not any(map(self.tracked, tensors)):
             return func(*args, **kwargs)
         feeds = self.last_feeds = frozenset(self._feeds((args, kwargs)))
         if not any("Tensor" in str(r.type) for r in func._schema.returns):
-            raise DataNeededError(f"the loader looks at values through {func}", feeds)
+            raise self.refuse(f"the loader looks at values through {func}", feeds)
+        args, kwargs = tree_map_only(torch.Tensor, _without_data, (args, kwargs))
         made = func(*args, **kwargs)
         known = {t.untyped_storage()._cdata for t in tensors}
         for tensor in _tensors(made):
@@ -336,38 +332,26 @@ class Recorder(TorchDispatchMode):
         return set().union(*(self.feeds_of(tensor) for tensor in _tensors(tree)))
 
 
-class ScalarMode(TorchFunctionMode):
-    """Lets `param.fill_(source.item())` be recorded as the copy that it is."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(  # noqa: D105
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401, ARG002
-    ) -> Any:  # noqa: ANN401
-        if func is torch.Tensor.item and self._recorder._tracked(args[0]):
-            return self._stand_in(args[0])
-        for arg in args:
-            if type(arg) is StandIn:
-                if func is torch.Tensor.fill_:
-                    return args[0].copy_(arg.tensor)
-                raise DataNeededError(f"the loader computes with .item(): {func}", arg.feeds)
-        return func(*args, **(kwargs or {}))
-
-    def _stand_in(self, tensor: torch.Tensor) -> StandIn:
-        if tensor.numel() != 1:
-            raise DataNeededError("the loader takes .item() of more than one element", self._recorder.feeds_of(tensor))
-        value = StandIn(math.nan)
-        value.tensor, value.feeds = tensor.reshape(()), frozenset(self._recorder.feeds_of(tensor))
-        return value
-
-
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Record what this thread does in the body. Other threads are not affected."""
     with torch.no_grad(), ScalarMode(recorder), recorder:
         yield
+
+
+def _constant(tensor: torch.Tensor) -> float | None:
+    """Return the value that all elements of a tensor have, or None where they differ or have no data."""
+    if tensor.device == META or tensor.numel() == 0 or tensor.is_complex():
+        return None
+    first = tensor[(0,) * tensor.dim()].item()
+    same = tensor.numel() == 1 or bool((tensor == first).all())
+    return float(first) if same and math.isfinite(first) else None
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device == META:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401

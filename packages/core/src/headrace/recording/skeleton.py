@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ _PLAIN = (str, int, float, bytes, complex, type(None))
 def skeleton_of(module: nn.Module) -> nn.Module:
     """Return a twin of a module tree whose parameters and buffers are on the meta device.
 
-    No weights are copied or moved, the module is not touched. Attributes of tensors (`weight_loader`), bound methods,
-    partials, closures and objects that refer to the tree refer to the twin's tree; everything else is shared. Ties
-    between parameters are kept. Small integer buffers keep their values, so that a loader can read an expert map.
+    No weights are copied or moved, the module is not touched. Attributes of tensors (`weight_loader`), bound
+    methods, partials, closures and objects that refer to the tree get twins too; everything else is shared.
+    Ties between parameters are kept. Small integer buffers keep their values: loaders read expert maps.
     """
     twins = _Twins(module)
     twin = twins.of(module)
@@ -32,11 +32,10 @@ def skeleton_of(module: nn.Module) -> nn.Module:
 
 
 class _Twins:
-    """Copies what refers to the tree and shares the rest. Objects are known by id; `_kept` keeps ids valid."""
+    """Copies what refers to the tree and shares the rest. Objects are known by id."""
 
     def __init__(self, root: nn.Module) -> None:
         self._memo: dict[int, Any] = {}
-        self._kept: list[object] = []
         self._storages: dict[tuple[object, ...], torch.UntypedStorage] = {}
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._weights = {id(t) for t in (*root.parameters(), *root.buffers())}
@@ -71,7 +70,6 @@ class _Twins:
 
     def _note(self, value: Any, twin: Any) -> Any:  # noqa: ANN401
         self._memo[id(value)] = twin
-        self._kept.append(value)
         return twin
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -93,7 +91,9 @@ class _Twins:
         if key not in self._storages:
             reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             num_bytes = reach * tensor.element_size() if tensor.numel() else 0
-            self._storages[key] = torch.UntypedStorage(num_bytes, device="meta")
+            self._storages[key] = torch.empty(
+                num_bytes, dtype=torch.uint8, device="meta"
+            ).untyped_storage()
         return self._storages[key]
 
     def _container(self, value: Any) -> Any:  # noqa: ANN401
@@ -112,7 +112,8 @@ class _Twins:
 
     def _function(self, value: types.FunctionType) -> Any:  # noqa: ANN401
         cells = tuple(types.CellType() for _ in value.__closure__ or ())
-        twin = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        code, names = value.__code__, value.__globals__
+        twin = types.FunctionType(code, names, value.__name__, value.__defaults__, cells)
         self._note(value, twin)
         for cell, original in zip(cells, value.__closure__ or (), strict=True):
             for content in _content(original):
@@ -129,7 +130,8 @@ class _Twins:
 
 
 def _empty_like(value: Any) -> Any:  # noqa: ANN401
-    twin = type(value).__new__(type(value))
+    kind: Any = type(value)
+    twin = kind.__new__(kind)
     if isinstance(value, defaultdict):
         twin.default_factory = value.default_factory
     if hasattr(value, "__dict__"):
@@ -146,7 +148,8 @@ def _content(cell: types.CellType) -> list[Any]:
 
 def _children(value: Any, weights: set[int]) -> Iterable[Any]:  # noqa: ANN401
     if isinstance(value, torch.Tensor):
-        return list(value.__dict__.values()) if id(value) in weights or isinstance(value, nn.Parameter) else ()
+        is_weight = id(value) in weights or isinstance(value, nn.Parameter)
+        return list(value.__dict__.values()) if is_weight else ()
     if isinstance(value, dict):
         return (*value.keys(), *value.values())
     if isinstance(value, (list, tuple, set)):
@@ -162,12 +165,13 @@ def _children(value: Any, weights: set[int]) -> Iterable[Any]:  # noqa: ANN401
 
 
 def _can_be_twinned(kind: type) -> bool:
-    """Whether an object may exist twice: plain Python state, and no finalizer that frees what the original uses."""
+    """Whether an object may exist twice: plain Python state, no finalizer."""
     if issubclass(kind, nn.Module):
         return True
     if issubclass(kind, (type, types.ModuleType)) or hasattr(kind, "__del__"):
         return False
-    return not any(isinstance(vars(base).get("__new__"), types.BuiltinFunctionType) for base in kind.__mro__[:-1])
+    makers = (vars(base).get("__new__") for base in kind.__mro__[:-1])
+    return not any(isinstance(maker, types.BuiltinFunctionType) for maker in makers)
 
 
 def _reached(root: nn.Module, weights: set[int]) -> dict[int, tuple[object, list[object]]]:
@@ -189,7 +193,8 @@ def _referring(reached: dict[int, tuple[object, list[object]]], weights: set[int
     for id_, (_, children) in reached.items():
         for child in children:
             parents.setdefault(id(child), []).append(id_)
-    todo = [i for i, (value, _) in reached.items() if i in weights or isinstance(value, (nn.Module, nn.Parameter))]
+    kinds = (nn.Module, nn.Parameter)
+    todo = [i for i, (value, _) in reached.items() if i in weights or isinstance(value, kinds)]
     found = set(todo)
     while todo:
         new = [parent for parent in parents.get(todo.pop(), ()) if parent not in found]

@@ -23,8 +23,8 @@ def spread(
 ) -> Opaque:
     """Return everything that is opaque because something is.
 
-    A reload unit is filled by the loader whole or not at all: one opaque target takes its unit's targets along, they
-    take their sources, and a source that the loader gets takes every target it feeds.
+    A reload unit is filled by the loader whole or not at all: one opaque target takes its unit's targets
+    along, they take their sources, and a source that the loader gets takes every target it feeds.
 
     Args:
         feeds: Sources of every target.

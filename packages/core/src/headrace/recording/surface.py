@@ -1,4 +1,4 @@
-"""What a loader wrote where, as integers: memory as grids, writes as boxes of them, and how copies compose."""
+"""What a loader wrote where, as integers: grids of memory, boxes of them, how copies compose."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ class Grid:
     def of(cls, tensor: torch.Tensor) -> Grid | None:
         """Return the grid of a tensor's memory, or None where elements share memory or dims do not nest."""
         if tensor.numel() == 0:
-            return cls((0,), Box((0,), (0,)), tensor.storage_offset())
-        dims = sorted(((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1), reverse=True)
-        extents, above = [], None
+            return cls((0,), Box((0,), (0,)), int(tensor.storage_offset()))
+        pairs = zip(tensor.stride(), tensor.shape, strict=True)
+        dims = sorted(((stride, extent) for stride, extent in pairs if extent > 1), reverse=True)
+        extents: list[int] = []
+        above: int | None = None
         for stride, extent in dims:
             if stride == 0 or (above is not None and (above % stride or above // stride < extent)):
                 return None
@@ -55,7 +57,7 @@ class Grid:
         used = [extent for _, extent in dims]
         if above is not None and above > 1:
             extents, used = [*extents, above], [*used, 1]
-        return cls(tuple(extents), Box.whole(tuple(used)), tensor.storage_offset())
+        return cls(tuple(extents), Box.whole(tuple(used)), int(tensor.storage_offset()))
 
     @classmethod
     def flat(cls, num_elements: int) -> Grid:
@@ -80,7 +82,7 @@ class Content:
     value: float = 0.0
 
     def cast(self, to: torch.dtype) -> Content | None:
-        """Return the content after `copy_` into memory of `to`, or None where one direct cast differs from it."""
+        """Return the content after `copy_` into memory of `to`, or None where no direct cast equals it."""
         if self.source == FILL:
             return Content(FILL, to, False, rounded_to(self.value, to))
         if to == self.dtype:
@@ -108,7 +110,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a grid and where its content comes from: source element `base + sum((x - offsets) * strides)`."""
+    """A box of a grid and its content: source element `base + sum((x - offsets) * strides)`."""
 
     box: Box
     content: Content
@@ -156,9 +158,10 @@ class Surface:
         if run.content.source != FILL:
             self.feeds.add(run.content.source)
         content = run.content.cast(self.dtype)
-        if self.grid is None or content is None:
-            why = "the memory does not nest" if self.grid is None else f"a cast chain ends in {self.dtype}"
-            return self.breaks(why, set())
+        if self.grid is None:
+            return self.breaks("the tensor's elements share memory", set())
+        if content is None:
+            return self.breaks(_no_cast(run.content, self.dtype), set())
         swapped = [Loop(loop.extent, loop.target, loop.source) for loop in run.loops]
         placed = place(self.grid.shape, swapped, run.target - self.grid.origin, run.source)
         if placed is None:
@@ -248,6 +251,12 @@ def disjoint(pieces: list[Piece]) -> list[Piece]:
 def rounded_to(value: float, dtype: torch.dtype) -> float:
     """Return what memory of `dtype` holds after `value` was written to it."""
     return float(torch.tensor(value, dtype=dtype).item())
+
+
+def _no_cast(content: Content, to: torch.dtype) -> str:
+    if content.rounded:
+        return f"a cast chain rounds to {content.dtype} before it ends in {to}"
+    return f"a cast from {content.dtype} to {to} is the engine's to make"
 
 
 def _minus(old: Piece, new: Box) -> list[Piece]:
