@@ -18,7 +18,7 @@ class FillTable:
 
     Attributes:
         block: Target id, shape (N,).
-        base: First element in the target's storage, elements, shape (N,).
+        base: First element, counted from the target tensor's own first, in elements, shape (N,).
         shape: Extents, padded behind with 1, shape (N, D).
         strides: Elements per step, shape (N, D).
         value: What is written, as float64, shape (N,).

@@ -29,6 +29,7 @@ class Receiver:
             engine does not report yet; `mixed`: a commit broke off, the engine must stay paused.
         served_version: Version the engine reports; 0 for what it was started with, None before its first weights.
         pending_version: Version in the live tensors that not all ranks have confirmed.
+        turn: Held by the session at work.
     """
 
     def __init__(self, backend: InferenceBackend) -> None:
@@ -42,6 +43,7 @@ class Receiver:
         self._recent: deque[frozenset[str]] = deque(maxlen=2)
         self._session: Session | None = None
         self._lock = threading.Lock()
+        self.turn = threading.Lock()
 
     def enrol(self, ticket: Ticket) -> None:
         """Dial the coordinator and take part in its update; returns at once.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from headrace.config import host_settings
@@ -88,9 +89,13 @@ class RecipeBook:
                 can_rederive=self._backend.rederive(()),
             )
         check_fit(recorded, metas)
-        return self._proven_at_start(recorded, metas) or Entry(
-            replace(opaque_recipe(metas, self._live()), unused=recorded.unused), recorded
-        )
+        return self._proven_at_start(recorded, metas) or Entry(self._through_loader(recorded, metas), recorded)
+
+    def _through_loader(self, recorded: LoadRecipe, metas: ParamTable) -> LoadRecipe:
+        """Return the recipe of an update that proves another: all sources that the loader uses go through it."""
+        everything = opaque_recipe(metas, self._live())
+        used = np.setdiff1d(everything.opaque, recorded.unused)
+        return replace(everything, opaque=used.astype(np.int32), unused=recorded.unused)
 
     def _proven_at_start(self, recorded: LoadRecipe, metas: ParamTable) -> Entry | None:
         """Prove against the checkpoint that the engine was started from, while its weights still are those."""

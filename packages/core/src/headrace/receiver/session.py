@@ -68,7 +68,14 @@ class Session:
         }
 
     def run(self) -> None:
-        """Take part until the end, whatever happens; the body of the receiver's thread."""
+        """Take part until the end, whatever happens; the body of the receiver's thread.
+
+        An update that is over but still proves its recipe or closes its connection is waited for.
+        """
+        with self._receiver.turn:
+            self._run()
+
+    def _run(self) -> None:
         dialer = self._dialer = Dialer(self.ticket.endpoint, self.ticket.server_key)
         try:
             dialer.send(self._receiver.hello(self.ticket.update_id, self.ticket.token))
@@ -95,8 +102,8 @@ class Session:
             self._forget()
             if message.spoiled and self._state == "committed":
                 self._receiver.weights_state = "mixed"
-            dialer.send(wire.Aborted(weights_state=self._receiver.weights_state))
             self.alive = False
+            dialer.send(wire.Aborted(weights_state=self._receiver.weights_state))
             return
         phase = type(message).__name__.lower()
         try:
@@ -110,9 +117,10 @@ class Session:
             logger.warning("update %s failed in %s: %s", self.ticket.update_id, phase, error)
             state = self._receiver.weights_state
             reply = wire.Failed(failure=RemoteFailure.of(error, phase=phase, weights_state=state))
-        dialer.send(reply)
         if isinstance(reply, wire.Finished):
             self.alive = False
+        dialer.send(reply)
+        if isinstance(reply, wire.Finished):
             self._prove()
 
     def _describe(self, message: wire.Describe) -> wire.Message:

@@ -1,0 +1,1 @@
+"""What adapters and benchmarks test themselves with: engines without a model, tiny models, conformance suites."""

@@ -1,0 +1,135 @@
+"""RecipeBackend: an engine worker without a model, whose loader does what a given recipe says; for benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from headrace.protocols import NamedTensors, Skeleton, WorkerIdentity
+from headrace.recipe import LoadRecipe
+from headrace.types import ITEMSIZES, WorkerId
+
+
+class RecipeBackend:
+    """Implements InferenceBackend over plain tensors of the recipe's targets.
+
+    Args:
+        recipe: What the loader does; made by hand (`headrace.testing.shapes`).
+        worker: Who this worker is.
+        world_size: Workers of the instance.
+        budget_bytes: What it says is free for staging.
+        loaded_from: Checkpoint folder to load at the start; None leaves zeros, as after a dummy start.
+    """
+
+    def __init__(
+        self,
+        recipe: LoadRecipe,
+        worker: WorkerId,
+        world_size: int,
+        *,
+        budget_bytes: int = 4 << 30,
+        loaded_from: str | None = None,
+    ) -> None:
+        self._recipe = recipe
+        self._identity = WorkerIdentity(worker, world_size, "cpu", f"cpu-{worker.rank}", f"recipe {recipe.key}")
+        self._live = {m.name: torch.zeros(m.shape, dtype=getattr(torch, m.dtype)) for m in recipe.targets}
+        self._budget_bytes = budget_bytes
+        self._loaded_from = loaded_from
+        self.version: int | None = None
+        self.commits = 0
+        if loaded_from is not None:
+            self._load_checkpoint(loaded_from)
+
+    def identity(self) -> WorkerIdentity:
+        """Who this worker is."""
+        return self._identity
+
+    def live_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The targets' tensors."""
+        return self._live
+
+    def skeleton(self) -> Skeleton:
+        """The same tensors on the meta device, and the same loader."""
+        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._live.items()}
+        return Skeleton(meta, lambda pairs: self._load_into(meta, pairs))
+
+    def loaded_from(self) -> str | None:
+        """The folder given at the start."""
+        return self._loaded_from
+
+    def load(self, pairs: NamedTensors) -> None:
+        """Copy every source's regions to where the recipe says."""
+        with torch.no_grad():
+            self._load_into(self._live, pairs)
+
+    def begin_reload(self) -> None:
+        """Nothing: weights keep their loader's layout."""
+
+    def end_reload(self) -> None:
+        """Nothing: weights keep their loader's layout."""
+
+    def reload_unit(self, name: str) -> str:
+        """Each tensor is its own unit."""
+        return name
+
+    def optional(self, name: str) -> bool:  # noqa: ARG002 - the contract's signature
+        """No tensor may be left out."""
+        return False
+
+    def derived(self) -> Mapping[str, Sequence[str]]:
+        """Nothing is derived."""
+        return {}
+
+    def rederive(self, names: Sequence[str]) -> bool:  # noqa: ARG002 - the contract's signature
+        """Nothing is derived."""
+        return True
+
+    def free_memory_bytes(self) -> int:
+        """The budget given."""
+        return self._budget_bytes
+
+    @contextmanager
+    def commit_scope(self) -> Iterator[None]:
+        """Count commits; there are no forward steps to order against."""
+        self.commits += 1
+        yield
+
+    def set_version(self, version: int) -> None:
+        """Note the version."""
+        self.version = version
+
+    def _load_checkpoint(self, folder: str) -> None:
+        from headrace.recording import whole_tensors
+        from headrace.store.checkpoint import CheckpointSource
+
+        source = CheckpointSource(folder)
+        try:
+            read = whole_tensors(source)
+            self.load((meta.name, read(meta.name)) for meta in source.metadata())
+        finally:
+            source.close()
+
+    def _load_into(self, tensors: Mapping[str, torch.Tensor], pairs: NamedTensors) -> None:
+        recipe = self._recipe
+        regions, item = recipe.regions, ITEMSIZES[recipe.targets.dtype_codes]
+        for name, source in pairs:
+            index = recipe.sources.index_of(name)
+            for row in np.flatnonzero(regions.param == index) if index is not None else ():
+                block = int(regions.block[row])
+                part = source
+                for dim in range(source.dim()):
+                    part = part.narrow(dim, int(regions.offsets[row, dim]), int(regions.shape[row, dim]))
+                strides = (regions.strides[row, : source.dim()] // item[block]).tolist()
+                target = tensors[recipe.targets[block].name]
+                target.as_strided(part.shape, strides, int(regions.base[row] // item[block])).copy_(part)
+        self._fill(tensors)
+
+    def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        fills = self._recipe.fills
+        for row in range(len(fills)):
+            target = tensors[self._recipe.targets[int(fills.block[row])].name]
+            shape, strides = fills.shape[row].tolist(), fills.strides[row].tolist()
+            target.as_strided(shape, strides, int(fills.base[row])).fill_(float(fills.value[row]))
