@@ -20,7 +20,7 @@ def resume(
 ) -> None:
     """Resume engines that an updater left paused; one whose ranks hold different weights stays paused."""
     from headrace.config import host_settings
-    from headrace.guardian import recover
+    from headrace.recovery import recover
     from headrace.registry import engine_control
 
     for target in to:

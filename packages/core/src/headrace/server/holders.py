@@ -105,6 +105,12 @@ class HolderPool:
         self.manifests = [answers[peer.key].manifest for peer in self.peers]
         return self.manifests
 
+    def release(self, version: int) -> None:
+        """Have every holder drop a version that came to nothing, so that its number can be used again."""
+        for peer in self.peers:
+            if not peer.lost:
+                peer.send(wire.Release(version=version))
+
     def stop(self) -> None:
         """End all holders, whatever state they are in, and remove what they left behind; idempotent."""
         for peer in self.peers:

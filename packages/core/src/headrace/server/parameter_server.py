@@ -19,7 +19,7 @@ from headrace.registry import engine_control
 from headrace.report import UpdateReport, WorkerReport
 from headrace.server.broadcast import RingHost
 from headrace.server.commit import Member
-from headrace.guardian import Guardian
+from headrace.server.guardian import Guardian
 from headrace.server.holders import HolderPool, ProgressCallback, SourceSpec
 from headrace.server.switchboard import Switchboard
 from headrace.server.torchrun import Launch

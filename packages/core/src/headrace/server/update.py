@@ -23,7 +23,7 @@ from headrace.protocols import EngineControl, Ticket
 from headrace.recipe import LoadRecipe
 from headrace.server.broadcast import BroadcastRun, RingHost, pair_with_holders
 from headrace.server.commit import Instance, Member, commit_instance, take_back
-from headrace.guardian import Guardian
+from headrace.server.guardian import Guardian
 from headrace.server.holders import HolderPool, ProgressCallback
 from headrace.server.switchboard import Peer, Switchboard, failed, gather
 from headrace.server.versions import next_version
@@ -276,6 +276,7 @@ class Update:
             whole = take_back(instance, error, self._settings.deadlines.pause_s)
             if not whole:
                 error.weights_state = "mixed"
+        self._kept.holders.release(self.version)
         self._kept.guardian.resumed([instance.target for instance in self.instances if instance.target])
 
     def _each(self, call: Callable[[Instance], T]) -> list[T]:

@@ -115,7 +115,6 @@ class Store:
         self._publishing = threading.Lock()
         self._free: list[_SegmentSet] = []
         self._held: dict[int, tuple[_SegmentSet, PublishedVersion]] = {}
-        self._newest = -1
         self._layout: Layout | None = None
         self._closed = False
 
@@ -134,7 +133,7 @@ class Store:
         are taken over; the newest stays as it is, also when this fails.
 
         Args:
-            version: Must be greater than any published before.
+            version: Must be greater than any that is held; one that failed and was released may come again.
             progress: Called from this thread with bytes read and bytes in all.
             deadline_s: Limit for the whole call.
 
@@ -160,8 +159,9 @@ class Store:
     def _check_version(self, version: int) -> None:
         if self._closed:
             raise LocalProtocolError(f"holder {self._name} is closed; make a new store", name=self._name)
-        if version <= self._newest or version < 0:
-            message = f"version {version} does not grow; holder {self._name} has published {self._newest}"
+        newest = max(self._held, default=-1)
+        if version <= newest:
+            message = f"version {version} does not grow; holder {self._name} holds {newest}"
             raise LocalProtocolError(message, name=self._name, weight_version=version)
 
     def _current_layout(self) -> Layout:
@@ -205,7 +205,6 @@ class Store:
         with self._lock:
             if not self._closed:
                 self._held[version] = (chosen, published)
-                self._newest = version
         if self._closed:
             chosen.close()
             raise LocalProtocolError(f"holder {self._name} was closed while it published", name=self._name)

@@ -1,14 +1,13 @@
-"""Guardian: a small process that resumes paused engines if their updater dies, and `recover`, its work by hand.
+"""Recovery: resumes engines that a dead updater left paused, by hand or as the guardian process.
 
-It learns over stdin, line by line, which engines are paused; when stdin closes while some still are, the updater is
-dead and it recovers each: an engine whose ranks are all `old` or all `new` resumes, a mixed one stays paused.
+The guardian learns over stdin, line by line, which engines are paused; when stdin closes while some still are, the
+updater is dead and it recovers each: an engine whose ranks all hold one version resumes, a mixed one stays paused.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -90,44 +89,6 @@ def _verdict(peers: Sequence[Peer]) -> int | None:
     found = ", ".join(f"{h.worker} {h.weights_state} {h.pending_version or h.served_version}" for h in hellos)
     text = f"the ranks hold different weights ({found}); the engine stays paused until the next good update"
     raise UpdateFailedError(text, weights_state="mixed", phase="recover")
-
-
-class Guardian:
-    """The updater's handle of its guardian process; started once, before the first pause, and kept."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start the process, if there is none; returns before it is up (its pipe already holds what is told)."""
-        if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "headrace.guardian"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-    def paused(self, addresses: Sequence[str]) -> None:
-        """Say that these engines are about to be paused."""
-        self._tell({"paused": list(addresses)})
-
-    def resumed(self, addresses: Sequence[str]) -> None:
-        """Say that these engines need no guardian any more (resumed, or paused for good reason)."""
-        self._tell({"resumed": list(addresses)})
-
-    def close(self) -> None:
-        """End the process; idempotent."""
-        if self._process is None or self._process.stdin is None:
-            return
-        self._process.stdin.close()
-        try:
-            self._process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
-
-    def _tell(self, message: dict[str, list[str]]) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
 
 
 def main() -> int:

@@ -1,0 +1,46 @@
+"""The updater's handle of its guardian: a process that outlives it and resumes what it left paused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+
+class Guardian:
+    """The updater's handle of its guardian process; started once, before the first pause, and kept."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process, if there is none; returns before it is up (its pipe already holds what is told)."""
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "headrace.recovery"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def paused(self, addresses: Sequence[str]) -> None:
+        """Say that these engines are about to be paused."""
+        self._tell({"paused": list(addresses)})
+
+    def resumed(self, addresses: Sequence[str]) -> None:
+        """Say that these engines need no guardian any more (resumed, or paused for good reason)."""
+        self._tell({"resumed": list(addresses)})
+
+    def close(self) -> None:
+        """End the process; idempotent."""
+        if self._process is None or self._process.stdin is None:
+            return
+        self._process.stdin.close()
+        try:
+            self._process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _tell(self, message: dict[str, list[str]]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
