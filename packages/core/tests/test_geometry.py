@@ -46,7 +46,9 @@ def test_flat_ranges_become_boxes_in_order(data: st.DataObject, shape: tuple[int
     end = data.draw(st.integers(begin, prod(shape)))
     index = np.arange(prod(shape)).reshape(shape)
     found = boxes_of_flat_range(shape, begin, end)
-    parts = [index[tuple(slice(o, o + n) for o, n in zip(b.offsets, b.shape, strict=True))].ravel() for b in found]
+    parts = [
+        index[tuple(slice(o, o + n) for o, n in zip(b.offsets, b.shape, strict=True))].ravel() for b in found
+    ]
     assert np.concatenate([np.zeros(0, np.int64), *parts]).tolist() == list(range(begin, end))
     assert len(found) <= max(2 * len(shape) - 1, 1)
 
@@ -76,7 +78,9 @@ def _next_view(draw: st.DrawFn, view: np.ndarray) -> np.ndarray:
     kind = draw(st.sampled_from(["narrow", "step", "transpose", "split", "select"]))
     if kind == "narrow":
         begin = draw(st.integers(0, view.shape[dim] - 1))
-        return np.moveaxis(np.moveaxis(view, dim, 0)[begin : draw(st.integers(begin + 1, view.shape[dim]))], 0, dim)
+        return np.moveaxis(
+            np.moveaxis(view, dim, 0)[begin : draw(st.integers(begin + 1, view.shape[dim]))], 0, dim
+        )
     if kind == "step":
         return np.moveaxis(np.moveaxis(view, dim, 0)[:: draw(st.integers(1, 3))], 0, dim)
     if kind == "transpose":
@@ -130,14 +134,15 @@ def _landing(shape: tuple[int, ...], placed: list) -> dict[int, int]:
 
 def _expected_landing(view: np.ndarray, steps: tuple[int, ...], target: int) -> dict[int, int]:
     return {
-        target + sum(i * s for i, s in zip(at, steps, strict=True)): int(view[at]) for at in np.ndindex(*view.shape)
+        target + sum(i * s for i, s in zip(at, steps, strict=True)): int(view[at])
+        for at in np.ndindex(*view.shape)
     }
 
 
 def test_place_copy_gives_up_at_the_limit() -> None:
     loops = [Loop(4, 2, 1)]
     assert place_copy((8,), loops, 0, 0, limit=3) is None
-    assert len(place_copy((8,), loops, 0, 0, limit=4) or []) == 4  # noqa: PLR2004
+    assert len(place_copy((8,), loops, 0, 0, limit=4) or []) == 4
     assert place_copy((8,), [Loop(0, 1, 1)], 0, 0, limit=1) == []
 
 

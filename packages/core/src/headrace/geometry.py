@@ -5,8 +5,10 @@ All boxes are half-open, `[offset, offset + shape)` per dim, in one parameter's 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Self
@@ -246,6 +248,14 @@ class RegionTable:
     def num_elements(self) -> I64:
         """Elements per region, shape (N,)."""
         return self.shape.prod(axis=1)
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of all columns: equal tables have equal keys."""
+        digest = hashlib.sha256(str(self.ndim).encode())
+        for column in fields(self):
+            digest.update(np.ascontiguousarray(getattr(self, column.name)).tobytes())
+        return digest.hexdigest()[:32]
 
     def take(self, rows: I64 | I32 | slice | np.ndarray) -> Self:
         """Return the selected rows (indices, mask or slice) in that order."""

@@ -24,7 +24,9 @@ def sums(table: DigestTable, blocks: list[np.ndarray]) -> dict[int, int]:
         values = view(blocks[table.block[i]], int(table.base[i]), shape, strides, src).get().astype(dst)
         bits = values.view(f"u{dst.itemsize}").astype(np.uint64)
         places = np.ravel_multi_index(
-            np.meshgrid(*(o + np.arange(n) for o, n in zip(table.offsets[i], shape, strict=True)), indexing="ij"),
+            np.meshgrid(
+                *(o + np.arange(n) for o, n in zip(table.offsets[i], shape, strict=True)), indexing="ij"
+            ),
             tuple(table.extents[i].tolist()),
         )
         group = int(table.group[i])

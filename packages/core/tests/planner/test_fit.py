@@ -24,12 +24,22 @@ def recipe_of(
     sources: list[ParamMeta], targets: list[ParamMeta], rows: list[tuple[int, Box, int, int, tuple[int, ...]]]
 ) -> LoadRecipe:
     return LoadRecipe(
-        ParamTable(sources), ParamTable(targets), RegionTable.from_rows(rows), FillTable.empty(), NONE, NONE, {}
+        ParamTable(sources),
+        ParamTable(targets),
+        RegionTable.from_rows(rows),
+        FillTable.empty(),
+        NONE,
+        NONE,
+        {},
     )
 
 
 def test_all_differences_are_listed() -> None:
-    sources = [ParamMeta("a", "bfloat16", (4,)), ParamMeta("b", "bfloat16", (4,)), ParamMeta("c", "int8", (4,))]
+    sources = [
+        ParamMeta("a", "bfloat16", (4,)),
+        ParamMeta("b", "bfloat16", (4,)),
+        ParamMeta("c", "int8", (4,)),
+    ]
     targets = [ParamMeta(f"t{m.name}", "float32", (4,)) for m in sources]
     recipe = recipe_of(sources, targets, [(i, Box((0,), (4,)), i, 0, (4,)) for i in range(3)])
     offered = ParamTable([ParamMeta("b", "float16", (5,)), sources[2]])
@@ -40,7 +50,7 @@ def test_all_differences_are_listed() -> None:
     assert "b has shape (5,), the engine needs (4,)" in text
     assert "b is float16, the engine needs bfloat16" in text
     assert "c is int8, the engine's tc is float32" in text
-    assert len(caught.value.differences) == 4  # noqa: PLR2004
+    assert len(caught.value.differences) == 4
 
 
 def test_unused_sources_may_be_missing_and_floats_are_cast() -> None:
@@ -53,8 +63,14 @@ def test_unused_sources_may_be_missing_and_floats_are_cast() -> None:
 
 def test_casts_count_tensors_not_boxes() -> None:
     sources = [ParamMeta("a", "bfloat16", (4,)), ParamMeta("b", "bfloat16", (2,))]
-    rows = [(0, Box((0,), (2,)), 0, 0, (4,)), (0, Box((2,), (2,)), 0, 8, (4,)), (1, Box((0,), (2,)), 0, 16, (4,))]
-    assert casts(recipe_of(sources, [ParamMeta("t", "float32", (6,))], rows)) == ("bfloat16->float32 (2 tensors)",)
+    rows = [
+        (0, Box((0,), (2,)), 0, 0, (4,)),
+        (0, Box((2,), (2,)), 0, 8, (4,)),
+        (1, Box((0,), (2,)), 0, 16, (4,)),
+    ]
+    assert casts(recipe_of(sources, [ParamMeta("t", "float32", (6,))], rows)) == (
+        "bfloat16->float32 (2 tensors)",
+    )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -85,7 +101,9 @@ def test_fills_count_and_exemptions_hold() -> None:
     rows = [(0, Box((0, 0), (3, 2)), 0, 0, (8, 4))]
     fills = FillTable(np.array([0], np.int32), np.array([6]), np.array([[2]]), np.array([[1]]), np.zeros(1))
     recipe = replace(
-        recipe_of([ParamMeta("s", "float32", (3, 2))], targets, rows), fills=fills, opaque_reasons={"opaque": "packed"}
+        recipe_of([ParamMeta("s", "float32", (3, 2))], targets, rows),
+        fills=fills,
+        opaque_reasons={"opaque": "packed"},
     )
     assert uncovered_targets(recipe, {"scale"}) == ["missing"]
 

@@ -12,9 +12,13 @@ from world import World, check_received, make_world, receive, without
 
 from headrace.config import MIB, UpdateSettings
 from headrace.errors import CapacityError, ManifestMismatchError, PlanError, UncoveredRegionError
+from headrace.geometry import Box, RegionTable
+from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.plan import CopyTable, UpdatePlan
 from headrace.planner import Planner, ReceiverNeeds
-from headrace.types import ITEMSIZES, WorkerId
+from headrace.recipe import FillTable, LoadRecipe
+from headrace.testing.shapes import qwen3_06b, tp_recipe, whole_manifest
+from headrace.types import ITEMSIZES, ParamMeta, ParamTable, WorkerId
 
 SEEDS = st.integers(0, 2**32 - 1)
 RUNS = settings(max_examples=120, deadline=None, derandomize=True)
@@ -94,7 +98,13 @@ def test_plans_are_deterministic(seed: int, way: str) -> None:
 @pytest.mark.parametrize("choices", [{"transport": "tcp"}, {"route": "broadcast"}])
 @pytest.mark.parametrize(
     ("budget", "mode", "depth"),
-    [(MIB, "staged", 8), (32768, "staged", 8), (32767, "overlapped", 4), (8192, "overlapped", 2), (5000, "serial", 1)],
+    [
+        (MIB, "staged", 8),
+        (32768, "staged", 8),
+        (32767, "overlapped", 4),
+        (8192, "overlapped", 2),
+        (5000, "serial", 1),
+    ],
 )
 def test_the_budget_decides_the_ring(choices: dict[str, str], budget: int, mode: str, depth: int) -> None:
     world = simple_world(rows=2048, holders=2)
@@ -118,7 +128,7 @@ def test_smaller_slots_may_hold_everything() -> None:
 def test_a_hole_is_named(seed: int, choice: int) -> None:
     world = make_world(seed)
     rng = np.random.default_rng(choice)
-    world.manifests = [without(m, rng.random(len(m.regions)) < 0.7) for m in world.manifests]  # noqa: PLR2004
+    world.manifests = [without(m, rng.random(len(m.regions)) < 0.7) for m in world.manifests]
     held = _held(world)
     needed = _needed_elements(world)
     whole = all(held[name][mask].all() for name, mask in needed.items())
@@ -166,10 +176,6 @@ def test_an_overlap_does_not_hide_a_hole() -> None:
 
 def simple_world(rows: int, holders: int, *, replicas: bool = False, dtype: str = "float32") -> World:
     """One parameter `w` of shape (rows, 4), needed whole, in equal row shards or whole replicas."""
-    from headrace.geometry import Box, RegionTable  # noqa: PLC0415
-    from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor  # noqa: PLC0415
-    from headrace.recipe import FillTable, LoadRecipe  # noqa: PLC0415
-    from headrace.types import ParamMeta, ParamTable  # noqa: PLC0415
 
     params = ParamTable([ParamMeta("w", dtype, (rows, 4))])
     value = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4)
@@ -193,13 +199,11 @@ def test_adjacent_copies_become_one() -> None:
     plan = planned(world, needs_of(world, {0})).receivers[0]
     assert len(plan.apply) == 1
     assert plan.apply.shape.tolist() == [[256]]
-    assert plan.num_bytes == 1024  # noqa: PLR2004
+    assert plan.num_bytes == 1024
 
 
 def test_replicas_share_the_work() -> None:
     world = make_world(1)
-    from headrace.testing.shapes import qwen3_06b, tp_recipe, whole_manifest  # noqa: PLC0415
-
     params = qwen3_06b()
     holders = [whole_manifest(params, f"h{i}") for i in range(4)]
     need = replace(needs_of(world, {2, 3}), recipe=tp_recipe(params, 1, 0, tied=True))
@@ -285,6 +289,45 @@ def test_versions_must_agree_and_do_not_change_the_key() -> None:
         planner.plan([world.manifests[0], later[1]], [need], UpdateSettings())
 
 
+@RUNS
+@given(SEEDS, st.sampled_from([{}, {"transport": "tcp"}, {"route": "broadcast"}]))
+def test_every_holder_may_count_parameters_its_own_way(seed: int, choices: dict[str, str]) -> None:
+    world = make_world(seed)
+    rng = np.random.default_rng(seed)
+    world.manifests = [shuffled(manifest, rng) for manifest in world.manifests]
+    check(world, planned(world, needs_of(world, {0, 1, 2}), **choices))
+
+
+def shuffled(manifest: Manifest, rng: np.random.Generator) -> Manifest:
+    """The same holder with its parameters in another order, one nobody needs, none that it does not hold."""
+    held = set(manifest.regions.param.tolist())
+    order = rng.permutation([i for i in range(len(manifest.params)) if i in held]).tolist()
+    extra = ParamMeta("unneeded", "int8", (2, 2, 2, 2))
+    place = {old: new for new, old in enumerate(order)}
+    param = np.array([place[i] for i in manifest.regions.param.tolist()], np.int32)
+    params = ParamTable([*(manifest.params[i] for i in order), extra])
+    return replace(manifest, params=params, regions=replace(manifest.regions, param=param))
+
+
+def test_holders_that_disagree_are_refused() -> None:
+    world = simple_world(rows=8, holders=2)
+    other = replace(world.manifests[1], params=ParamTable([ParamMeta("w", "float16", (8, 4))]))
+    world.manifests = [world.manifests[0], other]
+    with pytest.raises(ManifestMismatchError, match="disagree about 1 parameters: w is float16"):
+        planned(world, needs_of(world, {0, 1}))
+
+
+def test_the_smallest_budget_sets_the_broadcast_ring() -> None:
+    world = simple_world(rows=2048, holders=2)
+    needs = [needs_of(world, {0}, MIB), needs_of(world, {1}, 9000, name="b")]
+    update = Planner().plan(world.manifests, needs, UpdateSettings(route="broadcast", bucket_bytes=4096))
+    assert update.broadcast is not None
+    assert [plan.ring for plan in update.receivers] == [update.broadcast.ring] * 2
+    assert update.broadcast.ring.mode == "overlapped"
+    for index in range(2):
+        check_received(world, *receive(world, update, index))
+
+
 def test_regions_outside_of_segments_are_refused() -> None:
     world = simple_world(rows=8, holders=1)
     short = replace(world.manifests[0], segments=(replace(world.manifests[0].segments[0], num_bytes=64),))
@@ -300,5 +343,30 @@ def test_equal_receivers_share_tables_over_their_own_holders() -> None:
     assert update.receivers[0].apply is update.receivers[2].apply
     assert [plan.segments[0].segment_id for plan in update.receivers] == ["h0", "h1", "h2"]
     assert [list(digests) for digests in update.digests] == [[0], [1], [2]]
-    same = Planner().plan(world.manifests, [needs[0], replace(needs[0], worker=WorkerId("b", 1))], UpdateSettings())
+    same = Planner().plan(
+        world.manifests, [needs[0], replace(needs[0], worker=WorkerId("b", 1))], UpdateSettings()
+    )
     assert same.digests[0] is same.digests[1]
+
+
+def test_copying_transports_prefer_holders_of_the_same_host() -> None:
+    world = simple_world(rows=64, holders=3, replicas=True)
+    update = planned(world, needs_of(world, {2}), transport="tcp")
+    check(world, update)
+    assert set(update.receivers[0].bucket_owner.tolist()) == {2}
+
+
+def test_copies_merge_only_where_both_ends_go_on() -> None:
+    """Rows that follow each other in the target, but not at the holder, stay apart; so do dims."""
+    world = simple_world(rows=8, holders=1)
+    gap = [(0, Box((r, 0), (2, 4)), 0, 48 * (r // 2), (16, 4)) for r in range(0, 8, 2)]
+    params, value = world.recipe.sources, world.values["w"]
+    memory = np.zeros(200, np.uint8)
+    for row, (_, _, _, base, _) in enumerate(gap):
+        memory[base : base + 32] = value[2 * row : 2 * row + 2].reshape(-1).view(np.uint8)
+    descriptor = SegmentDescriptor("gap", len(memory))
+    world.manifests = [Manifest(HolderAddress("h0"), 1, params, (descriptor,), RegionTable.from_rows(gap))]
+    world.segments = [[memory]]
+    update = planned(world, needs_of(world, {0}))
+    check(world, update)
+    assert update.receivers[0].apply.shape.tolist() == [[8]] * 4

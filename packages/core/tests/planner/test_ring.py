@@ -68,7 +68,7 @@ def test_packed_rows_do_not_touch(rows: list[tuple[int, int]]) -> None:
         inside = np.flatnonzero(packing.bucket == bucket)
         begin, end = packing.offset[inside], packing.offset[inside] + sizes[inside]
         assert (begin[1:] >= end[:-1]).all()
-        assert end[-1] == packing.num_bytes[bucket] <= 640  # noqa: PLR2004
+        assert end[-1] == packing.num_bytes[bucket] <= 640
     turns = [np.cumsum(packing.owner == o) for o in np.unique(owner)]
     full = min((int(t[-1]) for t in turns), default=0) * len(turns)
     assert len(set(packing.owner[: len(turns)].tolist())) == len(turns) or not full

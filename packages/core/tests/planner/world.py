@@ -1,7 +1,8 @@
-"""Random models, shardings and recipes, and a numpy interpreter of plans: the oracle of the planner's tests."""
+"""Random models, shardings and recipes, and a numpy interpreter of plans: the planner's oracle."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,13 @@ from headrace.plan import CopyTable, TransferPlan, UpdatePlan
 from headrace.recipe import FillTable, LoadRecipe
 from headrace.types import DTYPE_CODES, DTYPES, ParamMeta, ParamTable
 
-NUMPY = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "int32": np.int32, "uint8": np.uint8}
+NUMPY = {
+    "float16": np.float16,
+    "float32": np.float32,
+    "float64": np.float64,
+    "int32": np.int32,
+    "uint8": np.uint8,
+}
 GUARD = 0xEE
 
 
@@ -43,7 +50,9 @@ def make_world(seed: int, *, num_holders: int = 3, overlaps: bool = False, exten
     rng = np.random.default_rng(seed)
     metas, values = [], {}
     for i in range(int(rng.integers(1, 7))):
-        shape = tuple(int(n) for n in rng.integers(0 if rng.random() < 0.1 else 1, extent, rng.integers(0, 4)))
+        shape = tuple(
+            int(n) for n in rng.integers(0 if rng.random() < 0.1 else 1, extent, rng.integers(0, 4))
+        )
         dtype = str(rng.choice(["float16", "float32"]))
         metas.append(ParamMeta(f"p{i}", dtype, shape))
         values[f"p{i}"] = rng.standard_normal(shape).astype(NUMPY[dtype])
@@ -71,10 +80,14 @@ def _placement(
         cuts = np.sort(rng.integers(0, meta.num_elements + 1, num_holders - 1))
         edges = [0, *cuts.tolist(), meta.num_elements]
         found = [
-            (h, b) for h in range(num_holders) for b in boxes_of_flat_range(meta.shape, edges[h], edges[h + 1])
+            (h, b)
+            for h in range(num_holders)
+            for b in boxes_of_flat_range(meta.shape, edges[h], edges[h + 1])
         ]
     else:
-        dims = {"rows": [0], "columns": [len(meta.shape) - 1], "grid": list(range(len(meta.shape)))}[str(kind)]
+        dims = {"rows": [0], "columns": [len(meta.shape) - 1], "grid": list(range(len(meta.shape)))}[
+            str(kind)
+        ]
         boxes = [whole]
         for dim in dims:
             boxes = [part for box in boxes for part in _split(rng, box, dim, num_holders)]
@@ -88,7 +101,7 @@ def _placement(
 def _split(rng: np.random.Generator, box: Box, dim: int, parts: int) -> list[Box]:
     edges = [0, *np.sort(rng.integers(0, box.shape[dim] + 1, parts - 1)).tolist(), box.shape[dim]]
     out = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         offsets, shape = list(box.offsets), list(box.shape)
         offsets[dim], shape[dim] = box.offsets[dim] + begin, end - begin
         out.append(Box(tuple(offsets), tuple(shape)))
@@ -101,7 +114,11 @@ def _some_box(rng: np.random.Generator, shape: tuple[int, ...]) -> Box:
 
 
 def _publish(
-    rng: np.random.Generator, params: ParamTable, values: dict[str, np.ndarray], rows: list[tuple[int, Box]], name: str
+    rng: np.random.Generator,
+    params: ParamTable,
+    values: dict[str, np.ndarray],
+    rows: list[tuple[int, Box]],
+    name: str,
 ) -> tuple[Manifest, list[np.ndarray]]:
     """Lay boxes out in one or two segments, some of them transposed."""
     sizes, table = [0, 0], []
@@ -188,21 +205,27 @@ class _Window:
 
 
 def run_copies(
-    table: CopyTable, rows: slice, sources: list[np.ndarray], blocks: list[np.ndarray], counts: list[np.ndarray]
+    table: CopyTable,
+    rows: slice,
+    sources: list[np.ndarray],
+    blocks: list[np.ndarray],
+    counts: list[np.ndarray],
 ) -> None:
     """Execute copies on byte arrays and count the writes to each destination byte."""
     for i in range(*rows.indices(len(table))):
         shape = tuple(table.shape[i].tolist())
         src_dtype, dst_dtype = numpy_dtype(int(table.src_dtype[i])), numpy_dtype(int(table.dst_dtype[i]))
         src_at, dst_at = int(table.src_base[i]), int(table.dst_base[i])
-        src = view(sources[table.src_block[i]], src_at, shape, tuple(table.src_strides[i].tolist()), src_dtype)
+        src = view(
+            sources[table.src_block[i]], src_at, shape, tuple(table.src_strides[i].tolist()), src_dtype
+        )
         block, steps = int(table.dst_block[i]), tuple(table.dst_strides[i].tolist())
         view(blocks[block], dst_at, shape, steps, dst_dtype)[...] = src.get().astype(dst_dtype)
         view(counts[block], dst_at, shape, steps, dst_dtype).count()
 
 
 def receive(world: World, update: UpdatePlan, index: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Execute one receiver's plan; return its blocks (targets, then opaque buffers) and how often each byte was written."""
+    """Execute one receiver's plan; return its blocks (targets, opaque buffers) and writes per byte."""
     plan = update.receivers[index]
     sizes = [m.num_bytes for m in world.recipe.targets] + [o.nbytes for o in world.opaque]
     blocks = [np.zeros(n, np.uint8) for n in sizes]
@@ -254,7 +277,9 @@ def check_received(world: World, blocks: list[np.ndarray], counts: list[np.ndarr
             table = world.recipe.regions
             shape = tuple(table.shape[row].tolist())
             if 0 not in shape:
-                view(region, int(table.base[row]), shape, tuple(table.strides[row].tolist()), want.dtype).count()
+                view(
+                    region, int(table.base[row]), shape, tuple(table.strides[row].tolist()), want.dtype
+                ).count()
         assert np.array_equal(count, region)
         expected = np.ascontiguousarray(want).reshape(-1).view(np.uint8) if want.size else got
         assert np.array_equal(got[region == 1], expected[region == 1])

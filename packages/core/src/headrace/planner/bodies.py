@@ -1,9 +1,11 @@
-"""The tables of one receiver's plan, made from needs and holdings, before it is known which process holds what."""
+"""The tables of one receiver's plan, made from needs and holdings, before processes have names."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -19,13 +21,14 @@ from headrace.planner.digest_tables import (
     param_ndims,
 )
 from headrace.planner.holdings import Holdings
-from headrace.planner.join import BoxIndex, Pairs, fit_width, holes, join, restrict, uncovered
+from headrace.planner.join import BoxIndex, Pairs, fit_width, holes, join, restrict, uncovered, volumes
 from headrace.planner.ring import ALIGN_BYTES, Packing, choose_ring, cut, pack, size, slot_regions
 from headrace.recipe import LoadRecipe
 from headrace.types import I32, I64, ITEMSIZES, U8, ParamTable
 
 DIRECT_BUCKETS = 4
 _MOST_NAMED = 10
+_NUM_SAMPLED = 256
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Served:
     @property
     def num_bytes(self) -> int:
         """Bytes in source dtypes."""
-        return int((self.src.num_elements * ITEMSIZES[self.src_dtype]).sum())
+        return int((volumes(self.src.shape) * ITEMSIZES[self.src_dtype]).sum())
 
     def digests(self, needed: Needed, segment_start: I64) -> dict[int, DigestTable]:
         """Return, per holder position, what it sums up for this receiver."""
@@ -111,6 +114,14 @@ class Body:
     segments: I64
     num_bytes: int
 
+    @cached_property
+    def key(self) -> str:
+        """Digest of the sizes; what lies where follows from recipe and holders, which plans name."""
+        digest = hashlib.sha256(f"{self.num_bytes},{len(self.apply)},{len(self.fill)}".encode())
+        for column in (self.apply_starts, self.fill_starts, self.bucket_bytes, self.bucket_owner):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
 
 def serve(needed: Needed, holdings: Holdings) -> Served:
     """Find every needed byte once, replicas balanced.
@@ -128,7 +139,7 @@ def serve(needed: Needed, holdings: Holdings) -> Served:
 
 def _served(needed: Needed, holdings: Holdings, pairs: Pairs) -> Served:
     src_dtype = needed.src_dtype[pairs.need]
-    num_bytes = pairs.shape.prod(axis=1) * ITEMSIZES[src_dtype]
+    num_bytes = volumes(pairs.shape) * ITEMSIZES[src_dtype]
     weights = np.bincount(pairs.box, num_bytes, len(holdings.boxes)).astype(np.int64)
     rows = holdings.choose(weights)[pairs.box]
     return Served(
@@ -140,9 +151,10 @@ def _served(needed: Needed, holdings: Holdings, pairs: Pairs) -> Served:
     )
 
 
-def covers(needed: Needed, boxes: BoxIndex) -> bool:
-    """Return whether the boxes hold every needed byte."""
-    return not len(uncovered(needed.table, join(needed.table, boxes)))
+def may_serve(needed: Needed, boxes: BoxIndex) -> bool:
+    """Return whether the boxes hold a sample of the needs: cheap, and False is final."""
+    sample = needed.table.take(slice(None, None, max(len(needed.table) // _NUM_SAMPLED, 1)))
+    return not len(uncovered(sample, join(sample, boxes)))
 
 
 def uncovered_error(needed: Needed, boxes: BoxIndex, missing: I64) -> UncoveredRegionError:
@@ -211,7 +223,7 @@ class Packed:
         src, owner, dtype = src.take(order), owner[order], dtype[order]
         limit = limit_bytes // ALIGN_BYTES * ALIGN_BYTES
         pieces, rows = cut(src, ITEMSIZES[dtype], limit)
-        num_bytes = pieces.num_elements * ITEMSIZES[dtype[rows]]
+        num_bytes = volumes(pieces.shape) * ITEMSIZES[dtype[rows]]
         packing = pack(owner[rows], num_bytes, limit)
         used = -(-int(packing.num_bytes.max(initial=0)) // ALIGN_BYTES) * ALIGN_BYTES
         return cls(pieces, order[rows], dtype[rows], packing, used, int(num_bytes.sum()))

@@ -1,4 +1,4 @@
-"""The broadcast route: holders put each byte that anyone needs on the ring once; receivers take what is theirs."""
+"""The broadcast route: holders put each needed byte on the ring once; receivers take what is theirs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from headrace.planner.bodies import Body, Needed, Packed, compacted, uncovered_e
 from headrace.planner.copies import finish, make_copies
 from headrace.planner.digest_tables import digest_table, digests_by_holder
 from headrace.planner.holdings import Holdings
-from headrace.planner.join import BoxIndex, join, restrict, uncovered
+from headrace.planner.join import BoxIndex, join, restrict, uncovered, volumes
+from headrace.planner.ring import Packing
 from headrace.types import I32, I64, ITEMSIZES, U8
 
 
@@ -25,11 +26,12 @@ class Broadcast:
         boxes: Disjoint boxes, placed in their owners' segments, sorted by (param, offsets).
         owner: Position of each box's owner, shape (N,).
         index: Index of `boxes`.
-        packed: The boxes, cut and packed.
-        ring: Slots, equal on all members.
-        slots: The pieces as they lie in slots, sorted by (param, offsets).
+        slots: The boxes, cut, as they lie in slots, sorted by (param, offsets).
         slot_index: Index of `slots`.
-        slot_order: Row in `packed` of each row of `slots`.
+        dtype: Dtype code of each row of `slots`.
+        bucket: Bucket of each row of `slots`.
+        packing: Owner and used bytes of each bucket.
+        ring: Slots, equal on all members.
         fill: Owner segments to slots; blocks are positions in `segments`.
         fill_starts: Bucket bounds in `fill`.
         segments: Segments used.
@@ -39,11 +41,12 @@ class Broadcast:
     boxes: RegionTable
     owner: I32
     index: BoxIndex
-    packed: Packed
-    ring: Ring
     slots: RegionTable
     slot_index: BoxIndex
-    slot_order: I64
+    dtype: U8
+    bucket: I64
+    packing: Packing
+    ring: Ring
     fill: CopyTable
     fill_starts: I64
     segments: I64
@@ -51,7 +54,7 @@ class Broadcast:
 
     @classmethod
     def of(cls, needs: Sequence[Needed], holdings: Holdings, bucket_bytes: int, room_bytes: int) -> Broadcast:
-        """Choose owners for all parameters that any of `needs` uses and pack them into a ring of `room_bytes`.
+        """Choose owners for all parameters that `needs` use and pack them into a ring of `room_bytes`.
 
         Raises:
             CapacityError: No slot fits into the smallest budget.
@@ -72,15 +75,16 @@ class Broadcast:
             boxes=boxes,
             owner=owner,
             index=_indexed(boxes, len(params)),
-            packed=packed,
-            ring=ring,
             slots=slots,
             slot_index=_indexed(slots, len(params)),
-            slot_order=order,
+            dtype=packed.dtype[order],
+            bucket=packed.packing.bucket[order],
+            packing=packed.packing,
+            ring=ring,
             fill=replace(fill, src_block=local),
             fill_starts=fill_starts,
             segments=segments,
-            num_bytes=int((boxes.num_elements * ITEMSIZES[dtype]).sum()),
+            num_bytes=int((volumes(boxes.shape) * ITEMSIZES[dtype]).sum()),
         )
 
     def body(self, needed: Needed) -> Body:
@@ -93,19 +97,17 @@ class Broadcast:
         missing = uncovered(needed.table, pairs)
         if len(missing):
             raise uncovered_error(needed, self.index, missing)
-        rows = self.slot_order[pairs.box]
         src = restrict(self.slots, pairs.box, pairs.offsets, pairs.shape)
         dst = restrict(needed.table, pairs.need, pairs.offsets, pairs.shape)
-        copies = make_copies(src, dst, self.packed.dtype[rows], needed.dtype[pairs.need])
-        packing = self.packed.packing
-        apply, starts = finish(copies, packing.bucket[rows], self.packed.num_buckets)
+        copies = make_copies(src, dst, self.dtype[pairs.box], needed.dtype[pairs.need])
+        apply, starts = finish(copies, self.bucket[pairs.box], len(self.packing.owner))
         return Body(
             fill=CopyTable.empty(),
             fill_starts=np.zeros(len(starts), np.int64),
             apply=apply,
             apply_starts=starts,
-            bucket_owner=packing.owner,
-            bucket_bytes=packing.num_bytes,
+            bucket_owner=self.packing.owner,
+            bucket_bytes=self.packing.num_bytes,
             ring=self.ring,
             segments=np.zeros(0, np.int64),
             num_bytes=self.num_bytes,
@@ -131,7 +133,7 @@ def _owned(needs: Sequence[Needed], holdings: Holdings) -> tuple[RegionTable, I3
     shape, none = params.shapes[ids], np.zeros(len(ids), np.int64)
     whole = RegionTable(ids, np.zeros_like(shape), shape, none.astype(np.int32), none, np.zeros_like(shape))
     pairs = join(whole, holdings.boxes)
-    num_bytes = pairs.shape.prod(axis=1) * ITEMSIZES[params.dtype_codes[whole.param[pairs.need]]]
+    num_bytes = volumes(pairs.shape) * ITEMSIZES[params.dtype_codes[whole.param[pairs.need]]]
     weights = np.bincount(pairs.box, num_bytes, len(holdings.boxes)).astype(np.int64)
     rows = holdings.choose(weights)[pairs.box]
     boxes = restrict(holdings.regions, rows, pairs.offsets, pairs.shape)

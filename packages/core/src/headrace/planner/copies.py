@@ -8,6 +8,7 @@ import numpy as np
 
 from headrace.geometry import RegionTable
 from headrace.plan import CopyTable
+from headrace.planner.join import Mask, all_dims, volumes
 from headrace.types import I64, ITEMSIZES, U8
 
 _OUTERMOST = np.iinfo(np.int64).max
@@ -25,7 +26,7 @@ def make_copies(src: RegionTable, dst: RegionTable, src_dtype: U8, dst_dtype: U8
 
 
 def finish(table: CopyTable, bucket: I64, num_buckets: int) -> tuple[CopyTable, I64]:
-    """Sort copies by (bucket, destination), merge adjacent ones inside a bucket, and return them with bucket bounds."""
+    """Sort copies by (bucket, destination), merge adjacent ones in a bucket; return bucket bounds too."""
     keys = (table.dst_base, table.dst_block, bucket)
     if not _is_sorted(keys):
         order = np.lexsort(keys)
@@ -41,7 +42,7 @@ def split_by_bytes(table: CopyTable, limit_bytes: int) -> tuple[CopyTable, I64, 
         The copies, the bucket bounds, and the source bytes of each bucket.
     """
     table, _ = finish(table, np.zeros(len(table), np.int64), 1)
-    num_bytes = table.num_elements * ITEMSIZES[table.src_dtype]
+    num_bytes = volumes(table.shape) * ITEMSIZES[table.src_dtype]
     number = (np.cumsum(num_bytes) - num_bytes) // limit_bytes
     bounds = np.append(np.flatnonzero(np.diff(number, prepend=-1)), len(table)).astype(np.int64)
     sums = np.add.reduceat(num_bytes, bounds[:-1]) if len(table) else np.zeros(0, np.int64)
@@ -59,7 +60,7 @@ def _is_sorted(keys: tuple[np.ndarray, ...]) -> bool:
 
 
 def _coalesce(shape: I64, src: I64, dst: I64) -> tuple[I64, I64, I64]:
-    """Order dims by destination stride, merge those that run on on both sides, and drop the rest's padding."""
+    """Order dims by destination stride, merge those that run on at both ends, drop the padding."""
     one = shape == 1
     shape, src, dst = shape.copy(), np.where(one, 0, src), np.where(one, 0, dst)
     rank = np.where(one, _OUTERMOST, dst)
@@ -96,7 +97,7 @@ def _reordered(order: np.ndarray, *columns: I64) -> tuple[I64, ...]:
 def _merge_rows(table: CopyTable, bucket: I64) -> tuple[CopyTable, I64]:
     """Merge each copy with the next one where that goes on at both ends; return the rows that stay, too."""
     rows = np.arange(len(table))
-    if len(table) < 2:  # noqa: PLR2004 - nothing to compare
+    if len(table) < 2:
         return table, rows
     outer = np.where(
         (table.shape > 1).any(axis=1), np.argmax(table.shape > 1, axis=1), table.shape.shape[1] - 1
@@ -109,7 +110,7 @@ def _merge_rows(table: CopyTable, bucket: I64) -> tuple[CopyTable, I64]:
     for column in (bucket, outer, table.src_block, table.dst_block, table.src_dtype, table.dst_dtype):
         same &= column[1:] == column[:-1]
     for wide in (inner, table.src_strides, table.dst_strides):
-        same &= (wide[1:] == wide[:-1]).all(axis=1)
+        same &= all_dims(wide[1:] == wide[:-1])
     kept = np.flatnonzero(np.append(True, ~same))
     if len(kept) == len(table):
         return table, rows
@@ -119,5 +120,6 @@ def _merge_rows(table: CopyTable, bucket: I64) -> tuple[CopyTable, I64]:
     return replace(merged, shape=shape), kept
 
 
-def _goes_on(base: I64, span: I64) -> np.ndarray:
-    return base[1:] == base[:-1] + span[:-1]
+def _goes_on(base: I64, span: I64) -> Mask:
+    out: Mask = np.equal(base[1:], base[:-1] + span[:-1])
+    return out

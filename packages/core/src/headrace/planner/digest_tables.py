@@ -6,7 +6,7 @@ import numpy as np
 
 from headrace.geometry import RegionTable
 from headrace.plan import DigestTable
-from headrace.planner.join import fit_width
+from headrace.planner.join import all_dims, fit_width
 from headrace.recipe import LoadRecipe
 from headrace.types import I32, I64, ITEMSIZES, U8, ParamTable
 
@@ -26,7 +26,7 @@ def needs_of(recipe: LoadRecipe) -> RegionTable:
         opaque.astype(np.int32), np.zeros_like(shape), shape, block, np.zeros(len(opaque), np.int64), strides
     )
     table = RegionTable.concat([fit_width(recipe.regions, sources.max_ndim), whole])
-    real = (table.shape > 0).all(axis=1)
+    real = all_dims(table.shape > 0)
     return table if real.all() else table.take(real)
 
 
@@ -49,7 +49,7 @@ def receiver_digests(recipe: LoadRecipe) -> DigestTable:
     return digest_table(needs, recipe.sources, param_ndims(recipe.sources), dtype, dtype, needs.block)
 
 
-def digest_table(  # noqa: PLR0913 - the columns of one table
+def digest_table(
     placed: RegionTable, params: ParamTable, ndims: U8, src_dtype: U8, dst_dtype: U8, group: I32
 ) -> DigestTable:
     """Return the digest rows of placed boxes of `params`."""

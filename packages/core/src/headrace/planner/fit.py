@@ -17,18 +17,18 @@ Strided = tuple[int, tuple[int, ...], tuple[int, ...]]
 def check_fit(recipe: LoadRecipe, params: ParamTable) -> None:
     """Check that a source with `params` can fill the recipe's targets.
 
-    Names that the recipe does not use are ignored. Floating dtypes may differ between source and target (the copy
-    casts); between recorded and offered source nothing may differ.
+    Names that the recipe does not use are ignored. Floating dtypes may differ between source and target (the
+    copy casts); between recorded and offered source nothing may differ.
 
     Raises:
         ManifestMismatchError: Lists all differences.
     """
     found = [*source_differences(recipe, params), *_dtype_differences(recipe)]
     if found:
-        shown = "; ".join(found[:10]) + (f"; and {len(found) - 10} more" if len(found) > 10 else "")  # noqa: PLR2004
+        shown = "; ".join(found[:10]) + (f"; and {len(found) - 10} more" if len(found) > 10 else "")
         raise ManifestMismatchError(
             f"the source does not fit the engine's model in {len(found)} places: {shown}. "
-            "Publish the checkpoint that the engine's model was built for, or restart the engine for this one",
+            "Publish the checkpoint that the engine's model was built for, or start an engine for this one",
             found,
         )
 
@@ -54,7 +54,7 @@ def source_differences(recipe: LoadRecipe, params: ParamTable) -> list[str]:
 
 
 def casts(recipe: LoadRecipe) -> tuple[str, ...]:
-    """Return the casts that the recipe's copies make, like `bfloat16->float32 (311 tensors)`, counted in sources."""
+    """Return the casts that the recipe makes, like `bfloat16->float32 (311 tensors)`, counted in sources."""
     pairs = _casting_pairs(recipe)
     kinds, counts = np.unique(np.unique(pairs, axis=0)[:, :2], axis=0, return_counts=True)
     return tuple(
@@ -112,9 +112,7 @@ def _dtype_differences(recipe: LoadRecipe) -> list[str]:
         source, target = recipe.sources[source_id], recipe.targets[target_id]
         kinds = {dtype.kind for dtype in DTYPES if dtype.name in (source.dtype, target.dtype)}
         if kinds != {"float"}:
-            found.append(
-                f"{source.name} is {source.dtype}, the engine's {target.name} is {target.dtype}: no exact cast"
-            )
+            found.append(f"{source.name} is {source.dtype}, the engine's {target.name} is {target.dtype}")
     return found
 
 
@@ -138,20 +136,20 @@ def _padded(array: I64, width: int, value: int) -> I64:
 
 
 def _tiled(recipe: LoadRecipe, block: I32, base: I64, shape: I64, strides: I64) -> npt.NDArray[np.bool_]:
-    """Return the targets whose writes follow each other without touching and add up to the target's elements."""
+    """Return the targets whose writes follow each other apart and add up to the target's elements."""
     targets = recipe.targets
     volume = shape.prod(axis=1)
     total = np.bincount(block, weights=volume, minlength=len(targets))
     order = np.lexsort((base, block))
     block, base, reach = block[order], base[order], ((shape - 1) * strides).sum(axis=1)[order] + 1
     touching = (block[1:] == block[:-1]) & (base[1:] < base[:-1] + reach[:-1])
-    whole = total == targets.shapes.prod(axis=1)
+    whole: npt.NDArray[np.bool_] = total == targets.shapes.prod(axis=1)
     whole[block[1:][touching]] = False
     return whole
 
 
 def _num_distinct(parts: list[Strided]) -> int:
-    """Return how many distinct elements strided writes touch, on a bitmap in units that all of them are made of."""
+    """Return how many elements strided writes touch, on a bitmap of the units that they are made of."""
     unit = _common_run(parts)
     spans = [
         base + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) for base, shape, strides in parts

@@ -13,11 +13,12 @@ from headrace.manifest import Manifest
 from headrace.plan import UpdatePlan
 from headrace.planner.bodies import union_params
 from headrace.planner.fit import check_fit
-from headrace.planner.routes import Receiver, Router
+from headrace.planner.routes import Router
+from headrace.planner.views import Receiver
 from headrace.recipe import LoadRecipe
 from headrace.types import ParamTable, WorkerId
 
-_MOST_PLANS = 4
+_MOST_PLANS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class ReceiverNeeds:
 
 
 class Planner:
-    """Makes update plans and remembers the last few, so that an unchanged layout costs nothing. Not thread-safe."""
+    """Makes update plans and remembers the last two, so that equal layouts cost nothing. Not thread-safe."""
 
     def __init__(self) -> None:
         self._plans: OrderedDict[str, UpdatePlan] = OrderedDict()
@@ -91,13 +92,13 @@ def _check_request(manifests: Sequence[Manifest], needs: Sequence[ReceiverNeeds]
         foreign = sorted(i for i in need.reachable if not 0 <= i < len(manifests))
         if foreign:
             raise PlanError(
-                f"{need.worker} says it reaches holders {foreign}, there are {len(manifests)}; enrol it again",
+                f"{need.worker} says it reaches holders {foreign}, of {len(manifests)}; enrol it again",
                 name=str(need.worker),
             )
 
 
 def _check_all(manifests: Sequence[Manifest], needs: Sequence[ReceiverNeeds], union: ParamTable) -> None:
-    """Check every distinct recipe against what is held; manifests that disagree about a parameter are refused."""
+    """Check every distinct recipe against what is held; manifests must agree about each parameter."""
     clashes = []
     for manifest in {m.params.key: m for m in manifests if m.params is not union}.values():
         for meta in () if manifest.params.key == union.key else manifest.params:

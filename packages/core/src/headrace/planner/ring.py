@@ -10,7 +10,7 @@ from headrace.config import MIB
 from headrace.errors import CapacityError
 from headrace.geometry import RegionTable
 from headrace.plan import Ring
-from headrace.planner.join import restrict
+from headrace.planner.join import restrict, volumes
 from headrace.types import I32, I64
 
 ALIGN_BYTES = 64
@@ -100,21 +100,30 @@ def check_reserved(reserved_bytes: int, budget_bytes: int, who: str) -> None:
     """
     if reserved_bytes > budget_bytes:
         raise CapacityError(
-            f"{who}: tensors that go through the engine's own loader take {size(reserved_bytes)}, staging may take "
-            f"{size(max(budget_bytes, 0))}; raise budget_bytes to at least {reserved_bytes}",
+            f"{who}: tensors that go through the engine's own loader take {size(reserved_bytes)}, staging "
+            f"may take {size(max(budget_bytes, 0))}; raise budget_bytes to at least {reserved_bytes}",
             name="budget_bytes",
         )
 
 
 def cut(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[RegionTable, I64]:
-    """Cut boxes into pieces of at most `limit_bytes`: along dim 0, further dims where one row is still too large.
+    """Cut boxes into pieces of at most `limit_bytes`: along dim 0, further dims where a row is too large.
 
     Returns:
         The pieces in the order of the boxes, and the row of the box that each piece comes from.
     """
-    total = table.num_elements * itemsize
-    if not len(table) or int(total.max()) <= limit_bytes:
-        return table, np.arange(len(table))
+    rows = np.arange(len(table))
+    large = np.flatnonzero(volumes(table.shape) * itemsize > limit_bytes)
+    if not len(large):
+        return table, rows
+    pieces, origin = _cut_all(table.take(large), itemsize[large], limit_bytes)
+    small = np.delete(rows, large)
+    rows = np.concatenate([small, large[origin]])
+    order = np.argsort(rows, kind="stable")
+    return RegionTable.concat([table.take(small), pieces]).take(order), rows[order]
+
+
+def _cut_all(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[RegionTable, I64]:
     inner = itemsize[:, None] * _inner_elements(table.shape)
     dim = np.argmax(inner <= limit_bytes, axis=1)[:, None]
     column = np.arange(table.ndim)[None, :]
@@ -123,7 +132,7 @@ def cut(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[RegionTabl
     )
     chunk = np.minimum(chunk, table.shape)
     steps = -(-table.shape // chunk)
-    num = steps.prod(axis=1)
+    num = volumes(steps)
     rows = np.repeat(np.arange(len(table)), num)
     number = np.arange(len(rows)) - np.repeat(np.cumsum(num) - num, num)
     index = number[:, None] // _inner_elements(steps)[rows] % steps[rows]
@@ -133,7 +142,7 @@ def cut(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[RegionTabl
 
 
 def pack(owner: I32, num_bytes: I64, slot_bytes: int) -> Packing:
-    """Lay rows out in buckets per owner, in the order given, each at a multiple of 64 bytes; owners take turns.
+    """Lay rows out in buckets per owner, in order, each at a multiple of 64 bytes; owners take turns.
 
     Args:
         owner: Owner per row, ascending.
@@ -190,7 +199,7 @@ def size(num_bytes: int) -> str:
         return f"{num_bytes} bytes"
     value, unit = num_bytes / 1024, "KiB"
     for larger in ("MiB", "GiB", "TiB"):
-        if value < 1024:  # noqa: PLR2004 - binary units
+        if value < 1024:
             break
         value, unit = value / 1024, larger
     return f"{value:.4g} {unit}"

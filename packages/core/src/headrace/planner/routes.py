@@ -11,7 +11,7 @@ from headrace.config import UpdateSettings
 from headrace.errors import PlanError, UncoveredRegionError
 from headrace.manifest import Manifest
 from headrace.plan import BroadcastPlan, DigestTable, TransferPlan, UpdatePlan
-from headrace.planner.bodies import Body, Needed, Packed, Served, direct_body, ring_body, serve
+from headrace.planner.bodies import Body, Needed, Packed, Served, direct_body, may_serve, ring_body, serve
 from headrace.planner.broadcast import Broadcast
 from headrace.planner.digest_tables import param_ndims
 from headrace.planner.holdings import Holdings
@@ -89,7 +89,7 @@ class Router:
     def _can_broadcast(self, rest: Iterable[int]) -> bool:
         return len(self._manifests) > 1 and all(self._receivers[i].reachable for i in rest)
 
-    # --- direct ---------------------------------------------------------------------------------------------------
+    # --- direct ---
 
     def _mapped(self, receiver: Receiver, why: str) -> Planned | None:
         """Return the plan over mapped memory, or None where not every byte can be mapped."""
@@ -107,8 +107,8 @@ class Router:
             self._serve_by_anyone(receiver)
             raise PlanError(
                 f"{receiver.name} cannot map all bytes it needs: {len(receiver.reachable)} of "
-                f"{len(self._manifests)} holders are on its host and they do not hold everything; use transport "
-                f"{TCP} or route broadcast, or run a holder with the whole version on its host",
+                f"{len(self._manifests)} holders are on its host and do not hold everything; use "
+                f"transport {TCP} or route broadcast, or run a holder with the whole version on its host",
                 name=receiver.name,
             )
         return planned
@@ -137,7 +137,7 @@ class Router:
             packed = self._packed(key, served, ring.slot_bytes)
         ring = packed.settled(ring)
         body = self._once(("ring", *key, ring.slot_bytes), lambda: ring_body(served, packed, ring))
-        return replace(body, ring=ring)
+        return body if body.ring == ring else replace(body, ring=ring)
 
     def _packed(self, key: tuple[str, str], served: Served, limit_bytes: int) -> Packed:
         make = partial(Packed.of, served.src, served.holder, served.src_dtype, limit_bytes)
@@ -151,8 +151,8 @@ class Router:
             return error
         silent = [m.holder.holder_id for i, m in enumerate(self._manifests) if i not in view.holders]
         return PlanError(
-            f"{receiver.name} needs bytes of holders that serve no {transport} endpoint: {', '.join(silent[:10])}; "
-            "start them with a data server, or run a holder on the receiver's host",
+            f"{receiver.name} needs bytes of holders that serve no {transport} endpoint: "
+            f"{', '.join(silent[:10])}; start them with a data server, or run a holder on its host",
             name=receiver.name,
         )
 
@@ -164,6 +164,8 @@ class Router:
 
     def _served(self, receiver: Receiver, view: View) -> Served | None:
         def attempt() -> Served | None:
+            if not may_serve(self._needed(receiver), self._holdings(view).boxes):
+                return None
             try:
                 return serve(self._needed(receiver), self._holdings(view))
             except UncoveredRegionError:
@@ -183,14 +185,14 @@ class Router:
         named = partial(lambda tables: {view.holders[i]: table for i, table in tables.items()}, made)
         return self._once(("named digests", *key, view.key, view.holders), named)
 
-    # --- broadcast ------------------------------------------------------------------------------------------------
+    # --- broadcast ---
 
     def _all_broadcast(self, why: str) -> UpdatePlan:
         alone = [r.name for r in self._receivers if not r.reachable]
         if alone:
             raise PlanError(
-                f"broadcast needs a holder on every receiver's host; {', '.join(alone[:10])} reach none: use transport "
-                f"{TCP}, or run a holder there",
+                f"broadcast needs a holder on every receiver's host; {', '.join(alone[:10])} reach none: use "
+                f"transport {TCP}, or run a holder there",
                 name=alone[0],
             )
         if not self._receivers:
@@ -204,6 +206,7 @@ class Router:
         needs = {receiver.recipe.key: self._needed(receiver) for receiver in receivers}
         room = min(r.budget_bytes - needs[r.recipe.key].opaque_bytes for r in receivers)
         shared = Broadcast.of(list(needs.values()), self._holdings(view), self._settings.bucket_bytes, room)
+        self._memo.pop(("holdings", view.key), None)  # as large as all manifests, and not needed again
         salt = ",".join(sorted(needs))
         planned = []
         for receiver in receivers:
@@ -214,7 +217,7 @@ class Router:
             planned.append((transfer, self._digests(("broadcast", recipe), view, make)))
         return bind_broadcast(shared, view), planned
 
-    # --- made once ------------------------------------------------------------------------------------------------
+    # --- made once ---
 
     def _needed(self, receiver: Receiver) -> Needed:
         recipe = receiver.recipe

@@ -44,7 +44,7 @@ class Receiver:
 
 @dataclass(frozen=True)
 class View:
-    """Holders in the order that one receiver prefers them; receivers whose views have equal keys share tables.
+    """Holders in the order that a receiver prefers them; receivers whose views have equal keys share tables.
 
     Attributes:
         holders: Holder indices, those on the receiver's host first.
@@ -93,14 +93,14 @@ def asked_way(settings: UpdateSettings) -> str:
     if route == "broadcast":
         if transport not in ("auto", COLLECTIVE):
             raise PlanError(
-                f"route broadcast goes over transport {COLLECTIVE}, not {transport}; leave transport at auto, or "
-                f"use route direct with {transport}",
+                f"route broadcast goes over transport {COLLECTIVE}, not {transport}; leave it at auto, "
+                f"or use route direct with {transport}",
                 name="transport",
             )
         return COLLECTIVE
     if route == "direct" and transport == COLLECTIVE:
         raise PlanError(
-            f"route direct cannot use transport {COLLECTIVE}; use route broadcast, or transport {MAPPED} or {TCP}",
+            f"route direct cannot use transport {COLLECTIVE}; use route broadcast, or {MAPPED} or {TCP}",
             name="transport",
         )
     return transport
@@ -114,8 +114,7 @@ def bind(receiver: Receiver, view: View, body: Body, way: Way, salt: str = "") -
     ring = body.ring
     facts = (
         (receiver.recipe.key, view.key, view.holders, way.route, way.transport, salt),
-        (ring.mode, ring.slot_bytes, ring.depth, body.num_bytes),
-        (body.apply_starts.tolist(), body.bucket_bytes.tolist()),
+        (ring.mode, ring.slot_bytes, ring.depth, body.key),
         [segment.segment_id for segment in named],
     )
     return TransferPlan(
@@ -139,7 +138,8 @@ def bind(receiver: Receiver, view: View, body: Body, way: Way, salt: str = "") -
 
 
 def bind_broadcast(shared: Broadcast, view: View) -> BroadcastPlan:
-    packing = shared.packed.packing
+    """Return what one view's holders broadcast."""
+    packing = shared.packing
     holders = np.array(view.holders, np.int32)
     return BroadcastPlan(
         segments=tuple(view.segments[i] for i in shared.segments.tolist()),

@@ -1,4 +1,4 @@
-"""Shapes of real models, the recipes that a tensor-parallel engine has for them, and holders of them: no weights."""
+"""Shapes of real models, recipes that a tensor-parallel engine has for them, holders of them; no weights."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class _Targets:
 def tp_recipe(
     params: ParamTable, tp_size: int, rank: int, *, kv_heads: int = 0, tied: bool = False
 ) -> LoadRecipe:
-    """Return the recipe that a tensor-parallel engine's loader would record, with vLLM's fused and stacked layout.
+    """Return the recipe that a tensor-parallel engine's loader would record, fused and stacked as in vLLM.
 
     Args:
         params: Parameters with names as in this module.
@@ -214,7 +214,7 @@ def tp_recipe(
     return LoadRecipe(
         sources=params,
         targets=table,
-        regions=regions.take((shape > 0).all(axis=1)),
+        regions=regions.take(np.flatnonzero(shape.prod(axis=1))),
         fills=_padding(table, targets.rows),
         opaque=np.zeros(0, np.int32),
         unused=np.array(unused, np.int32),
@@ -300,7 +300,7 @@ def whole_manifest(
 
 
 def sharded_manifests(params: ParamTable, num_holders: int, *, version: int = 1) -> list[Manifest]:
-    """Return the manifests of holders that have the rows of each parameter between them, as FSDP2 cuts them."""
+    """Return the manifests of holders that share the rows of each parameter, as FSDP2 cuts them."""
     found = []
     each = -(-params.shapes[:, 0] // num_holders)
     for rank in range(num_holders):
