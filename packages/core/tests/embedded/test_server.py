@@ -256,7 +256,11 @@ def test_no_process_outlives_the_front(checkpoints: dict[str, Path], number: sig
 
 def test_a_start_that_fails_ends_the_server(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     (tmp_path / "config.json").write_bytes((checkpoints["qwen3"] / "config.json").read_bytes())
-    with pytest.raises(HeadraceError, match="worker 0"):
+    with pytest.raises(ConfigError, match="tokenizer"):
+        serve(EngineSettings(model=tmp_path, port=0))
+    for file in checkpoints["qwen3"].glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(HeadraceError, match=r"worker 0: .*safetensors"):
         serve(EngineSettings(model=tmp_path, port=0))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="port"):
         serve(EngineSettings(model=tmp_path, port=taken.getsockname()[1]))

@@ -88,12 +88,6 @@ class EmbeddedEngine:
                 )
             self._check_alive()
 
-    @property
-    def start_failure(self) -> HeadraceError | None:
-        """Why the model could not be loaded, if so."""
-        with self._changed:
-            return self._error if self._state == "failed" and self._model is None else None
-
     def submit(self, prompt: list[int], sampling: Sampling, sink: Sink) -> Request:
         """Take a request, also while paused; its events go to `sink` from the loop's thread. Returns at once.
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from headrace.embedded.engine import EmbeddedEngine
+from headrace.embedded.text import LazyTokenizer
 from headrace.errors import BackendUnavailableError, ConfigError, HeadraceError
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ def serve(settings: EngineSettings, announce: Callable[[str], None] | None = Non
         HeadraceError: The model could not be loaded.
     """
     engine = EmbeddedEngine(settings)
-    server = _http_server(engine)
+    tokenizer = LazyTokenizer(settings.model)
+    failures: list[HeadraceError] = []
+    server = _http_server(engine, tokenizer)
     with contextlib.closing(_listen(settings)) as listener, _signals(server, engine):
         try:
             engine.start()
             threading.Thread(
-                target=_end_if_start_fails, args=(server, engine), daemon=True, name="start"
+                target=_watch_start, args=(server, engine, tokenizer, failures), daemon=True
             ).start()
             host, port = listener.getsockname()[:2]
             _logger.info("serving %s at http://%s:%d", settings.name, host, port)
@@ -49,11 +52,11 @@ def serve(settings: EngineSettings, announce: Callable[[str], None] | None = Non
             server.run(sockets=[listener])
         finally:
             engine.stop()
-    if engine.start_failure is not None:
-        raise engine.start_failure
+    if failures:
+        raise failures[0]
 
 
-def _http_server(engine: EmbeddedEngine) -> uvicorn.Server:
+def _http_server(engine: EmbeddedEngine, tokenizer: LazyTokenizer) -> uvicorn.Server:
     try:
         import uvicorn  # noqa: PLC0415 - the extra `engine`
 
@@ -70,7 +73,11 @@ def _http_server(engine: EmbeddedEngine) -> uvicorn.Server:
             yield
 
     config = uvicorn.Config(
-        make_app(engine), log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=5
+        make_app(engine, tokenizer),
+        log_level="warning",
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=5,
     )
     return Server(config)
 
@@ -107,9 +114,14 @@ def _signals(server: uvicorn.Server, engine: EmbeddedEngine) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_if_start_fails(server: uvicorn.Server, engine: EmbeddedEngine) -> None:
+def _watch_start(
+    server: uvicorn.Server, engine: EmbeddedEngine, tokenizer: LazyTokenizer, failures: list[HeadraceError]
+) -> None:
+    """Load the tokenizer while the workers load the model; note why either fails, and end the server."""
     try:
+        tokenizer.get()
         engine.wait_ready(engine.settings.start_s + 60.0)
     except HeadraceError as error:
-        _logger.error("%s", error)  # noqa: TRY400 - the error is raised by serve; here it is only told early
+        if engine.health()["status"] != "stopped":
+            failures.append(error)
         server.should_exit = True

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
+
+
+class LazyTokenizer:
+    """A folder's tokenizer, loaded once, on first use: importing it takes seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._loaded: PreTrainedTokenizerBase | None = None
+
+    def get(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer; blocks while it is loaded.
+
+        Raises:
+            ConfigError: The folder has none that transformers can load.
+        """
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded
+
+    def _load(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer  # noqa: PLC0415 - heavy, and no part of starting an engine
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._folder)
+        except (OSError, ValueError) as error:
+            message = f"{self._folder} has no tokenizer that transformers can load: {error}"
+            raise ConfigError(message, name=str(self._folder)) from error
+        if not tokenizer.encode("a"):  # transformers makes an empty one where files are missing
+            message = f"{self._folder} has no tokenizer files; copy them beside config.json"
+            raise ConfigError(message, name=str(self._folder))
+        return tokenizer
 
 
 class TextStream:

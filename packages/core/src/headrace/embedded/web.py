@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from headrace.embedded.generation import Event, Request, Sampling, TokenMade, version_spans
-from headrace.embedded.text import TextStream
+from headrace.embedded.text import LazyTokenizer, TextStream
 from headrace.errors import (
     ConfigError,
     HeadraceError,
@@ -31,8 +31,6 @@ from headrace.protocols import Ticket
 from headrace.types import CacheMode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from headrace.embedded.engine import EmbeddedEngine
 
 _STATUS: tuple[tuple[type[HeadraceError], int], ...] = (
@@ -64,9 +62,9 @@ class _Body(msgspec.Struct, kw_only=True):
     ignore_eos: bool = False
 
 
-def make_app(engine: EmbeddedEngine) -> Starlette:
-    """Return the ASGI application over a started engine; the tokenizer is loaded on first use."""
-    service = _Service(engine)
+def make_app(engine: EmbeddedEngine, tokenizer: LazyTokenizer) -> Starlette:
+    """Return the ASGI application over a started engine."""
+    service = _Service(engine, tokenizer)
     routes = [
         Route("/health", service.health),
         Route("/v1/models", service.models),
@@ -117,7 +115,7 @@ class _Service:
     """The endpoints; everything that may block runs in a thread."""
 
     engine: EmbeddedEngine
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: LazyTokenizer
 
     async def health(self, request: HttpRequest) -> Response:  # noqa: ARG002
         state = self.engine.health()
@@ -158,19 +156,12 @@ class _Service:
 
     async def completions(self, request: HttpRequest) -> Response:
         body = _parse(await request.body(), self.engine.settings.name)
-        tokenizer = await anyio.to_thread.run_sync(self._tokenizer)
+        tokenizer = await anyio.to_thread.run_sync(self.tokenizer.get)
         prompt = tokenizer.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
         completion = _Completion(self.engine, prompt, _sampling(body), TextStream(tokenizer))
         if body.stream:
             return StreamingResponse(completion.chunks(), media_type="text/event-stream")
         return JSONResponse(await completion.whole())
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import, not needed to control an engine
-
-            self.tokenizer = AutoTokenizer.from_pretrained(self.engine.settings.model)
-        return self.tokenizer
 
 
 class _Completion:
