@@ -170,7 +170,12 @@ class Holder:
             self._store.publish(message.version, progress)
         manifest = self._store.manifest(message.version, self.address)
         self._serve_held()
-        return wire.Published(manifest=manifest, spans=tuple(self._recorder.drain()))
+        layout = manifest.place_key
+        return wire.Published(
+            layout=layout,
+            manifest=None if layout in message.known_layouts else manifest,
+            spans=tuple(self._recorder.drain()),
+        )
 
     def _serve_held(self) -> None:
         """Let the data server read the versions that the store holds, and no others."""

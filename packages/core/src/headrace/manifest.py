@@ -60,8 +60,20 @@ class Manifest:
     segments: tuple[SegmentDescriptor, ...]
     regions: RegionTable
 
+    def of_version(self, version: int) -> Manifest:
+        """Return the same manifest for another version; tables and their keys are shared."""
+        same = Manifest(self.holder, version, self.params, self.segments, self.regions)
+        same.__dict__["layout_key"] = self.layout_key
+        return same
+
     @cached_property
     def layout_key(self) -> str:
         """Digest of what lies where, without version, address and segment ids: equal layouts, equal plans."""
         sizes = [segment.num_bytes for segment in self.segments]
         return hashlib.sha256(f"{self.params.key}{sizes}{self.regions.key}".encode()).hexdigest()[:32]
+
+    @cached_property
+    def place_key(self) -> str:
+        """Digest of the layout and of where it lies: all of the manifest but the version."""
+        place = f"{self.layout_key}{self.holder}{[segment.segment_id for segment in self.segments]}"
+        return hashlib.sha256(place.encode()).hexdigest()[:32]

@@ -123,9 +123,10 @@ class Progress(Message, frozen=True):
 
 
 class Published(Message, frozen=True):
-    """A holder has a version complete in its segments."""
+    """A holder has a version complete in its segments; `manifest` is None where the coordinator has its layout."""
 
-    manifest: Manifest
+    layout: str
+    manifest: Manifest | None
     spans: tuple[Span, ...] = ()
 
 
@@ -213,9 +214,10 @@ class Abort(Message, frozen=True):
 
 
 class Publish(Message, frozen=True):
-    """Read the source and complete a version."""
+    """Read the source and complete a version; `known_layouts` need not be sent again."""
 
     version: int
+    known_layouts: tuple[str, ...] = ()
 
 
 class SumDigests(Message, frozen=True):

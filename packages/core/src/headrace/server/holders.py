@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from headrace import wire
 from headrace.config import Deadlines, HostSettings
 from headrace.control.keys import new_token
-from headrace.errors import HeadraceError, PeerLostError
+from headrace.errors import HeadraceError, PeerLostError, RemoteProtocolError
 from headrace.holder import Holder, HolderTicket
 from headrace.manifest import Manifest
 from headrace.protocols import WeightSource
@@ -25,6 +25,7 @@ from headrace.store.checkpoint import CheckpointSource
 
 logger = logging.getLogger(__name__)
 STARTUP_S = 60.0
+KEPT_LAYOUTS = 2
 ProgressCallback = Callable[[str, int, int], None]
 
 
@@ -55,8 +56,7 @@ class HolderPool:
         self._threads: list[threading.Thread] = []
         self._tickets: list[HolderTicket] = []
         self.peers: list[Peer] = []
-        self.manifests: list[Manifest] = []
-        self.published: int | None = None
+        self._known: dict[str, Manifest] = {}
 
     def ensure(self, count: int) -> None:
         """Have at least `count` live holders; a checkpoint is divided again when their number changes.
@@ -100,10 +100,19 @@ class HolderPool:
 
         for peer in self.peers:
             peer.on_progress = watch(peer)
-        answers = ask_all(self.peers, wire.Publish(version=version), wire.Published, deadlines.read_s, "read")
-        self.published = version
-        self.manifests = [answers[peer.key].manifest for peer in self.peers]
-        return self.manifests
+        order = wire.Publish(version=version, known_layouts=tuple(self._known))
+        answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
+        return [self._manifest(answers[peer.key], version) for peer in self.peers]
+
+    def _manifest(self, answer: wire.Published, version: int) -> Manifest:
+        """Return what a holder published; equal layouts share their tables, so that plans are found again."""
+        known = self._known.pop(answer.layout, answer.manifest)
+        if known is None:
+            raise RemoteProtocolError("a holder named a layout that it never sent", phase="read")
+        self._known[answer.layout] = known
+        while len(self._known) > KEPT_LAYOUTS * len(self.peers):
+            del self._known[next(iter(self._known))]
+        return known.of_version(version)
 
     def release(self, version: int) -> None:
         """Have every holder drop a version that came to nothing, so that its number can be used again."""
@@ -122,7 +131,7 @@ class HolderPool:
         for thread in self._threads:
             thread.join(max(0.0, limit - time.monotonic()))
         self._switchboard.forget(self.peers)
-        self._processes, self._threads, self.peers, self.manifests, self.published = [], [], [], [], None
+        self._processes, self._threads, self.peers, self._known = [], [], [], {}
         sweep(self._host.socket_dir)
 
     def _ticket(self, index: int) -> HolderTicket:

@@ -207,7 +207,7 @@ class Update:
             worker=_hello(peer).worker,
             recipe=recipe,
             reachable=frozenset(index[name] for name in answer.reachable),
-            budget_bytes=answer.budget_bytes if budget is None else budget,
+            budget_bytes=_steady(answer.budget_bytes) if budget is None else budget,
         )
 
     def _make_plan(self, manifests: Sequence[Manifest]) -> UpdatePlan:
@@ -288,6 +288,12 @@ class Update:
         if errors:
             raise errors[0]
         return [future.result() for future in futures]
+
+
+def _steady(num_bytes: int) -> int:
+    """Round down to three significant bits: free memory flutters, and a plan holds for one budget."""
+    shift = max(0, num_bytes.bit_length() - 3)
+    return num_bytes >> shift << shift
 
 
 def _num_sums(member: Member) -> int:
