@@ -40,7 +40,9 @@ class MemoryTransport:
             if segment.segment_id in self._mapped:
                 return
             if segment.kind != "host":
-                message = f"segment {segment.segment_id} is {segment.kind} memory; `memory` opens host segments only"
+                message = (
+                    f"segment {segment.segment_id} is {segment.kind} memory; only host memory can be mapped"
+                )
                 raise ConnectError(message, name=segment.segment_id)
             if not holder.unix_socket:
                 message = f"holder {holder.holder_id} lends no memory; use the tcp transport"

@@ -15,7 +15,8 @@ from headrace.types import DTYPES, I64, ITEMSIZES, U8, dtype_code
 
 _TORCH = [getattr(torch, dtype.name) for dtype in DTYPES]
 _BITS_CODE: U8 = np.array(
-    [dtype_code({1: "int8", 2: "int16", 4: "int32", 8: "int64"}[dtype.itemsize]) for dtype in DTYPES], np.uint8
+    [dtype_code({1: "int8", 2: "int16", 4: "int32", 8: "int64"}[dtype.itemsize]) for dtype in DTYPES],
+    np.uint8,
 )
 _BYTE = dtype_code("uint8")
 
@@ -30,20 +31,25 @@ class _UnevenCast:
     destination_dtype: torch.dtype
 
     def cast(self) -> torch.Tensor:
-        return self.source.contiguous().view(self.source_dtype).to(self.destination_dtype).view(torch.uint8)
+        return _elements(self.source, self.source_dtype).to(self.destination_dtype).view(torch.uint8)
+
+
+def _elements(byte_view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return bytes from anywhere as elements; the clone begins where elements may begin."""
+    return byte_view.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 class CopyProgram:
     """Strided copies between memory blocks, ready to run as often as wished.
 
-    Rows of equal dtypes move their bits; others are cast as `Tensor.copy_` does. The views keep the blocks' memory
-    alive; the program is wrong once a live tensor gets other storage.
+    Rows of equal dtypes move their bits; others are cast as `Tensor.copy_` does. The views keep the blocks'
+    memory alive; the program is wrong once a live tensor gets other storage.
 
     Args:
         copies: What to copy; destinations must not overlap.
         sources: Flat uint8 blocks that `src_block` indexes.
-        destinations: What `dst_block` indexes: flat uint8 blocks, or tensors of the row's `dst_dtype` whose bytes are
-            counted from their first element (parameters, inference tensors, non-contiguous ones).
+        destinations: What `dst_block` indexes: flat uint8 blocks, or tensors of the row's `dst_dtype` whose
+            bytes are counted from their first element (parameters, inference tensors, non-contiguous ones).
 
     Raises:
         PlanError: A row reaches outside its memory, or a destination has another dtype.
@@ -82,19 +88,21 @@ class CopyProgram:
         """Copy everything once; blocking for host memory, on the current stream for device memory."""
         with torch.inference_mode():
             if self._destinations:
-                torch._foreach_copy_(self._destinations, self._sources)  # noqa: SLF001 - torch's public batched copy
+                torch._foreach_copy_(self._destinations, self._sources)
             for uneven in self._casts:
                 uneven.destination.copy_(uneven.cast())
 
     def differences(self) -> list[int]:
         """Return the rows whose destination does not have the bits that `run` writes, in ascending order.
 
-        The bits of a NaN count where dtypes are equal; a cast may write any NaN, as torch's own kernels differ.
+        The bits of a NaN count where dtypes are equal; a cast may write any NaN: torch's own kernels differ.
         """
         with torch.inference_mode():
             same = [_same(src, dst) for src, dst in zip(self._sources, self._destinations, strict=True)]
             same += [
-                _same_values(u.cast().view(u.destination_dtype), u.destination.contiguous().view(u.destination_dtype))
+                _same_values(
+                    u.cast().view(u.destination_dtype), _elements(u.destination, u.destination_dtype)
+                )
                 for u in self._casts
             ]
         return sorted(row for row, equal in zip(self._rows, same, strict=True) if not equal)
@@ -136,7 +144,7 @@ class _Side:
         if found is None:
             storage = self._blocks[block].untyped_storage()
             found = torch.empty(0, dtype=_TORCH[code], device=self._blocks[block].device)
-            found.set_(storage, 0, (storage.nbytes() // found.element_size(),), (1,))  # type: ignore[call-overload]
+            found.set_(storage, 0, (storage.nbytes() // found.element_size(),), (1,))
             self._typed[block, code] = found
         return found
 
@@ -149,7 +157,7 @@ def addressable_bytes(block: torch.Tensor) -> int:
     """Return how many bytes may be addressed from the first element of a block."""
     if is_flat(block):
         return block.numel()
-    return block.untyped_storage().nbytes() - block.storage_offset() * block.element_size()
+    return block.untyped_storage().nbytes() - int(block.storage_offset()) * block.element_size()
 
 
 def is_flat(block: torch.Tensor) -> bool:
@@ -159,11 +167,14 @@ def is_flat(block: torch.Tensor) -> bool:
 
 def _check_dtypes(copies: CopyTable, destinations: Sequence[torch.Tensor]) -> None:
     for index, block in enumerate(destinations):
-        rows = np.flatnonzero(copies.dst_block == index) if not is_flat(block) else []
-        codes = {_TORCH[code] for code in copies.dst_dtype[rows].tolist()} if len(rows) else set()
+        if is_flat(block):
+            continue
+        codes = {_TORCH[code] for code in copies.dst_dtype[copies.dst_block == index].tolist()}
         if codes - {block.dtype}:
             named = ", ".join(sorted(str(code) for code in codes))
-            message = f"destination {index} holds {block.dtype}, its copies write {named}; record the recipe again"
+            message = (
+                f"destination {index} holds {block.dtype}, its copies write {named}; record the recipe again"
+            )
             raise PlanError(message)
 
 

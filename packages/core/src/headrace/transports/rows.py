@@ -56,7 +56,9 @@ class Rows:
     @property
     def dense(self) -> Mask:
         """Whether a row's elements lie row-major without gaps, shape (N,)."""
-        return np.asarray(((self.strides == dense_strides(self.shape, self.itemsize)) | (self.shape <= 1)).all(axis=1))
+        return np.asarray(
+            ((self.strides == dense_strides(self.shape, self.itemsize)) | (self.shape <= 1)).all(axis=1)
+        )
 
     @property
     def aligned(self) -> Mask:
@@ -79,7 +81,7 @@ class Rows:
         known = (self.block >= 0) & (self.block < len(sizes)) & (self.dtype < len(DTYPES))
         sane = known & (self.base >= 0) & (self.strides >= 0).all(axis=1) & (self.shape >= 0).all(axis=1)
         limit = np.array([*sizes, 0], np.int64)[np.where(known, self.block, -1)]
-        itemsize = np.array([*ITEMSIZES, 0], np.int64)[np.where(known, self.dtype, -1)]
+        itemsize = np.array([*ITEMSIZES, 0], np.int64)[np.where(known, self.dtype.astype(np.int64), -1)]
         steps = np.maximum(self.shape - 1, 0)
         far = self.base + (steps.astype(np.float64) * self.strides).sum(axis=1) > _SAFE
         far |= self.shape.astype(np.float64).prod(axis=1) * 8 > _SAFE
@@ -111,7 +113,7 @@ def packed_bases(num_bytes: I64) -> I64:
 
 
 def cut_rows(copies: CopyTable, max_bytes: int, where: Mask | None = None) -> CopyTable:
-    """Cut rows (those of `where`) that read more than `max_bytes` along their outermost dims, in element order."""
+    """Cut rows (those of `where`) of more than `max_bytes` along their outermost dims, in element order."""
     limit = np.full(len(copies), max_bytes, np.int64)
     if where is not None:
         limit[~where] = np.iinfo(np.int64).max
@@ -147,7 +149,9 @@ def _cut_dim(copies: CopyTable, dim: int, step: I64, parts: I64) -> CopyTable:
     )
 
 
-def batches(direct: Mask, num_bytes: I64, max_bytes: int, max_rows: int = 512) -> Iterator[tuple[bool, slice]]:
+def batches(
+    direct: Mask, num_bytes: I64, max_bytes: int, max_rows: int = 512
+) -> Iterator[tuple[bool, slice]]:
     """Group consecutive rows of equal kind: `direct` ones by number, the others by bytes as well."""
     kinds, sizes = direct.tolist(), num_bytes.tolist()
     begin, filled = 0, 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -76,6 +75,7 @@ class TcpTransport:
                 return
         line = self._line(holder, deadline_s)
         try:
+            _introduce(line, holder, deadline_s)
             line.limit(deadline_s)
             send_request(line, OPEN, segment.segment_id.encode())
             held = receive_reply(line)
@@ -83,6 +83,9 @@ class TcpTransport:
             line.close()
             message = f"segment {segment.segment_id} cannot be read from holder {holder.holder_id}: {error}"
             raise ConnectError(message, name=segment.segment_id) from error
+        except BaseException:
+            line.close()
+            raise
         self._give_back(holder, line)
         if held != segment.num_bytes:
             message = (
@@ -213,15 +216,12 @@ class TcpTransport:
         """Make one read: on a reader thread."""
         try:
             line = self._line(read.holder, _DIAL_S)
+            with job.using(line):
+                _introduce(line, read.holder, _DIAL_S)
+                read.run(line)
         except ConnectError as error:
             message = f"holder {read.holder.holder_id} was lost: {error}"
             raise PeerLostError(message, name=read.holder.holder_id) from error
-        try:
-            with job.using(line):
-                read.run(line)
-        except BaseException:
-            line.close()
-            raise
         self._give_back(read.holder, line)
 
 
@@ -257,7 +257,9 @@ class _Read:
         if granted != expected:
             message = f"{line.peer} announces {granted} bytes, asked for were {expected}"
             raise RemoteProtocolError(message, name=line.peer)
-        memory = {block: _bytes_of(self._blocks[block]) for block in np.unique(targets.block[direct]).tolist()}
+        memory = {
+            block: _bytes_of(self._blocks[block]) for block in np.unique(targets.block[direct]).tolist()
+        }
         buffer = torch.empty(0 if direct.all() else _UNPACK_BYTES, dtype=torch.uint8)
         for straight, part in batches(direct, sizes, _UNPACK_BYTES):
             if straight:
@@ -286,13 +288,17 @@ class _Job:
 
     @contextmanager
     def using(self, line: Line) -> Iterator[None]:
-        """Tie a connection to the job while the body runs."""
+        """Tie a connection to the job while the body runs; it is closed where the body fails."""
         with self._lock:
             if self._aborted:
+                line.close()
                 raise _closed()
             self._lines.add(line)
         try:
             yield
+        except BaseException:
+            line.close()
+            raise
         finally:
             with self._lock:
                 self._lines.discard(line)
@@ -344,13 +350,11 @@ def _closed() -> TransportClosedError:
 
 
 def _dial(holder: HolderAddress, deadline_s: float) -> Line:
-    """Return a connection on which the holder knows this client.
+    """Return a connection without its handshake.
 
     Raises:
-        ConnectError: Nothing listens there, or it refuses.
-        ProtocolError: Something else listens there, or another version.
+        ConnectError: Nothing listens there.
     """
-    end_s = time.monotonic() + deadline_s
     host, _, port = holder.tcp_endpoint.rpartition(":")
     peer = f"holder {holder.holder_id} at {holder.tcp_endpoint or '(no address)'}"
     if not port.isdigit():
@@ -360,15 +364,21 @@ def _dial(holder: HolderAddress, deadline_s: float) -> Line:
         connection = socket.create_connection((host.strip("[]"), int(port)), timeout=max(deadline_s, 1e-3))
     except (OSError, OverflowError) as error:
         raise transport_error(OSError(error), peer, dialling=True) from error
-    line = Line(connection, peer, _SILENCE_S)
+    return Line(connection, peer, _SILENCE_S)
+
+
+def _introduce(line: Line, holder: HolderAddress, deadline_s: float) -> None:
+    """Make the handshake on a fresh connection; nothing on one that has it behind.
+
+    Raises:
+        ConnectError: The holder refuses or does not answer.
+        ProtocolError: Something else listens there, or another version.
+    """
+    if line.introduced:
+        return
     try:
-        introduce(line, holder.tcp_secret, max(end_s - time.monotonic(), 1e-3))
+        introduce(line, holder.tcp_secret, deadline_s)
     except PeerLostError as error:
-        line.close()
-        message = f"{peer} does not answer as a holder: {error}"
+        message = f"{line.peer} does not answer as a holder: {error}"
         raise ConnectError(message, name=holder.holder_id) from error
-    except BaseException:
-        line.close()
-        raise
     line.limit()
-    return line

@@ -4,7 +4,7 @@
     client: answer     magic 4s | version u16 | nonce 32s | HMAC(secret, client purpose, both nonces)
     server: proof      HMAC(secret, server purpose, both nonces)
     client: request    kind u8 | body length u32 | body
-    server: reply      status u8 | length u64 | for a read: all rows packed in order; for a refusal: its reason
+    server: reply      status u8 | length u64 | rows packed in order (a read), or the reason (a refusal)
 
 The secret never travels, so who only listens cannot dial; the bytes themselves are not encrypted.
 """
@@ -59,6 +59,9 @@ class Line:
         connection: Connected; the line's from now on.
         peer: Who is at the other end, for messages.
         silence_s: A peer that takes or gives nothing for so long is lost.
+
+    Attributes:
+        introduced: Whether the handshake is done.
     """
 
     def __init__(self, connection: socket.socket, peer: str, silence_s: float) -> None:
@@ -68,6 +71,7 @@ class Line:
         self._socket = connection
         self._silence_s = silence_s
         self.peer = peer
+        self.introduced = False
 
     def limit(self, seconds: float | None = None) -> None:
         """Let each step take `seconds`; None restores the limit of silence."""
@@ -99,7 +103,7 @@ class Line:
         end_s = None if deadline_s is None else time.monotonic() + deadline_s
         data = bytearray(num_bytes)
         view = memoryview(data)
-        while len(view):
+        while view.nbytes:
             if end_s is not None:
                 self.limit(self._left(end_s))
             view = view[self._receive_some(view) :]
@@ -155,10 +159,14 @@ def _advance(pending: list[memoryview], count: int) -> None:
 def transport_error(error: OSError, peer: str, *, dialling: bool = False) -> TransportError:
     """Return the error of this package for what the system reported: the one place where they are mapped."""
     if dialling:
-        message = f"cannot connect to {peer}: {error}; is the holder running, is its address reachable from here?"
+        message = (
+            f"cannot connect to {peer}: {error}; is the holder running, is its address reachable from here?"
+        )
         return ConnectError(message, name=peer, retryable=True)
     if isinstance(error, TimeoutError):
-        return PeerLostError(f"{peer} took or gave nothing for too long; it hangs or the network is down", name=peer)
+        return PeerLostError(
+            f"{peer} took or gave nothing for too long; it hangs or the network is down", name=peer
+        )
     return PeerLostError(f"{peer} broke the connection: {error}", name=peer)
 
 
@@ -196,11 +204,14 @@ def introduce(line: Line, secret: bytes, deadline_s: float) -> None:
     try:
         proof = line.receive(_PROOF_BYTES, deadline_s)
     except PeerLostError as error:
-        message = f"{line.peer} refuses this client: the secret is not its own (an old address), or it is full"
+        message = (
+            f"{line.peer} refuses this client: the secret is not its own (an old address), or it is full"
+        )
         raise ConnectError(message, name=line.peer) from error
     if not hmac.compare_digest(proof, _proof(secret, _SERVER, nonce, own)):
         message = f"{line.peer} does not know the secret: something else listens at this address"
         raise RemoteProtocolError(message, name=line.peer)
+    line.introduced = True
 
 
 def _check_version(magic: bytes, version: int, peer: str) -> None:
@@ -227,7 +238,9 @@ def receive_request(line: Line, idle_s: float, body_s: float) -> tuple[int, byte
     head = line.receive(1)
     kind, length = _REQUEST.unpack(head + line.receive(_REQUEST.size - 1, body_s))
     if length > MAX_REQUEST_BYTES:
-        message = f"{line.peer} announces a request of {length} bytes; at most {MAX_REQUEST_BYTES} are allowed"
+        message = (
+            f"{line.peer} announces a request of {length} bytes; at most {MAX_REQUEST_BYTES} are allowed"
+        )
         raise RemoteProtocolError(message, name=line.peer)
     body = line.receive(length, body_s)
     line.limit()
@@ -255,7 +268,9 @@ def receive_reply(line: Line) -> int:
     if status == GRANTED:
         return int(length)
     if status != REFUSED or length > MAX_REASON_BYTES:
-        message = f"{line.peer} sent a reply of status {status} and {length} bytes, which is none of this protocol"
+        message = (
+            f"{line.peer} sent a reply of status {status} and {length} bytes, which is none of this protocol"
+        )
         raise RemoteProtocolError(message, name=line.peer)
     reason = line.receive(length).decode("utf-8", "replace")
     raise RemoteProtocolError(f"{line.peer} refused: {reason}", name=line.peer)

@@ -14,7 +14,13 @@ import numpy as np
 import torch
 
 from headrace.config import HostSettings
-from headrace.errors import ConfigError, HeadraceError, PeerLostError, PlanError, ProtocolError, TransportError
+from headrace.errors import (
+    ConfigError,
+    HeadraceError,
+    PeerLostError,
+    PlanError,
+    ProtocolError,
+)
 from headrace.plan import CopyTable
 from headrace.transports.program import CopyProgram
 from headrace.transports.rows import Rows, batches, cut_rows, dense_strides, joined_spans, packed_bases
@@ -46,8 +52,8 @@ SegmentLookup = Callable[[str], "torch.Tensor | None"]
 class TcpServer:
     """Serves reads of a holder's segments. The constructor binds and starts listening.
 
-    One daemon thread per connection. A client that stalls, sends garbage or asks for what lies outside a segment
-    loses its connection or its request; nothing else is touched.
+    One daemon thread per connection. A client that stalls, sends garbage or asks for what lies outside a
+    segment loses its connection or its request; nothing else is touched.
 
     Args:
         lookup: Returns the flat uint8 tensor of a segment id, or None; called from connection threads.
@@ -116,10 +122,14 @@ class TcpServer:
             full = len(self._lines) >= _MAX_CONNECTIONS
             if not full:
                 line = Line(connection, peer, _SILENCE_S)
-                thread = threading.Thread(target=self._serve, args=(line,), name="headrace-tcp-read", daemon=True)
+                thread = threading.Thread(
+                    target=self._serve, args=(line,), name="headrace-tcp-read", daemon=True
+                )
                 self._lines[line] = thread
         if full:
-            logger.warning("data server %s has %d clients and drops %s", self.endpoint, _MAX_CONNECTIONS, peer)
+            logger.warning(
+                "data server %s has %d clients and drops %s", self.endpoint, _MAX_CONNECTIONS, peer
+            )
             connection.close()
             return
         thread.start()
@@ -209,7 +219,15 @@ def _packing(copies: CopyTable, sizes: np.ndarray) -> CopyTable:
     none = np.zeros(len(copies), np.int32)
     packed = dense_strides(rows.shape, rows.itemsize)
     return CopyTable(
-        rows.block, rows.base, rows.strides, none, packed_bases(sizes), packed, rows.shape, rows.dtype, rows.dtype
+        rows.block,
+        rows.base,
+        rows.strides,
+        none,
+        packed_bases(sizes),
+        packed,
+        rows.shape,
+        rows.dtype,
+        rows.dtype,
     )
 
 
@@ -217,7 +235,15 @@ def _cut_strided(rows: Rows) -> CopyTable:
     """Return the rows as copies, strided ones cut to the size of the buffer."""
     none, wide = np.zeros(len(rows), np.int32), np.zeros_like(rows.strides)
     copies = CopyTable(
-        rows.block, rows.base, rows.strides, none, np.zeros(len(rows), np.int64), wide, rows.shape, rows.dtype, rows.dtype
+        rows.block,
+        rows.base,
+        rows.strides,
+        none,
+        np.zeros(len(rows), np.int64),
+        wide,
+        rows.shape,
+        rows.dtype,
+        rows.dtype,
     )
     return cut_rows(copies, _PACK_BYTES, ~rows.dense)
 
