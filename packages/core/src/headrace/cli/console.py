@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Mapping
 
@@ -12,11 +13,12 @@ from rich.console import Console
 from headrace.errors import HeadraceError, ManifestMismatchError, RemoteFailure, UpdateFailedError
 
 MAX_DIFFERENCES = 20
+PLAIN_WIDTH = 120
 
 
 def stdout() -> Console:
-    """Return a console on the present stdout, at the terminal's width."""
-    return Console(highlight=False)
+    """Return a console on the present stdout, at the terminal's width, or wide where it is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 def stderr() -> Console:

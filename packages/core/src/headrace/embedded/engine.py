@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-import uuid
 from collections.abc import Generator
 from queue import SimpleQueue
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -54,7 +54,7 @@ class EmbeddedEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        self.instance = uuid.uuid4().hex
+        self.instance = token_hex(4)
         self._fleet = Fleet(settings, self.instance, self._on_loss)
         self._changed = threading.Condition()
         self._turn = threading.Lock()

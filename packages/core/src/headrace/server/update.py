@@ -269,7 +269,7 @@ class Update:
 
     def _abort(self, error: HeadraceError) -> None:
         """Have everyone forget the update, and resume what was paused and is whole."""
-        logger.warning("update %s failed: %s", self.id, error)
+        logger.info("update %s failed: %s", self.id, error)
         if self._broadcast is not None:
             self._broadcast.cancel()
         for instance in self.instances:

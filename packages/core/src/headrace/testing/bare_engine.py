@@ -43,7 +43,7 @@ class BareEngine:
         *args: object,
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.instance = token_hex(8)
+        self.instance = token_hex(4)
         self.world_size = world_size
         self.control = BareControl(self)
         self.paused = False
