@@ -8,7 +8,7 @@ import torch
 
 from headrace.errors import PlanError
 from headrace.plan import CopyTable
-from headrace.testing.transport_suite import CopyRow, content, expected, table_of
+from headrace.testing.copies import CopyRow, content, expected, table_of
 from headrace.transports import CopyProgram
 from headrace.types import DTYPES
 

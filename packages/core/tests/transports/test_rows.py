@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace.errors import PlanError
 from headrace.plan import CopyTable
-from headrace.testing.transport_suite import CopyRow, table_of
+from headrace.testing.copies import CopyRow, table_of
 from headrace.transports.rows import Rows, batches, cut_rows, dense_strides, joined_spans, packed_bases
 
 pytestmark = pytest.mark.timeout(60)
