@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from headrace import wire
 from headrace.control.dialer import Dialer
 from headrace.errors import HeadraceError, WeightsState
-from headrace.protocols import InferenceBackend, Ticket
+from headrace.protocols import InferenceBackend, Ticket, Transport
 from headrace.receiver.recipes import RecipeBook
 from headrace.receiver.session import Session
+from headrace.registry import load
 from headrace.telemetry import Recorder
 from headrace.transports.memory import MemoryTransport
 
@@ -40,6 +41,7 @@ class Receiver:
         self.recorder = Recorder(f"receiver {backend.identity().worker}")
         self.recipes = RecipeBook(backend, self.recorder)
         self.memory = MemoryTransport()
+        self._transports: dict[str, Transport] = {}
         self._recent: deque[frozenset[str]] = deque(maxlen=2)
         self._session: Session | None = None
         self._lock = threading.Lock()
@@ -74,6 +76,16 @@ class Receiver:
             busy_with=busy_with,
         )
 
+    def transport(self, name: str) -> Transport:
+        """Return a transport that copies, made on first use and kept over updates.
+
+        Raises:
+            BackendUnavailableError: No installed distribution offers it.
+        """
+        if name not in self._transports:
+            self._transports[name] = load("headrace.transports", name)()
+        return self._transports[name]
+
     def keep_mapped(self, segment_ids: Iterable[str]) -> None:
         """Drop mappings that neither this update nor the one before uses: holders alternate between two sets."""
         self._recent.append(frozenset(segment_ids))
@@ -83,7 +95,8 @@ class Receiver:
         """Leave a running update (it fails) and release mappings; idempotent."""
         if self._session is not None:
             self._session.leave()
-        self.memory.close()
+        for transport in (self.memory, *self._transports.values()):
+            transport.close()
 
     def _tell_busy(self, ticket: Ticket, holder: str) -> None:
         dialer = Dialer(ticket.endpoint, ticket.server_key)

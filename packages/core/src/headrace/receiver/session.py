@@ -27,7 +27,6 @@ from headrace.receiver.delivery import (
     tcp_feed,
 )
 from headrace.recipe import LoadRecipe
-from headrace.registry import load
 from headrace.segments.lending import borrow, probe
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ class Session:
             words = RingSignals(signals.tensor)
             feed = broadcast_feed(plan, ring.tensor, words, address.slot_index, FETCH_DEADLINE_S, self._check_alive)
         else:
-            transport = load("headrace.transports", plan.transport)()
+            transport = self._receiver.transport(plan.transport)
             feed = tcp_feed(plan, message.holders, transport, FETCH_DEADLINE_S)
         return RingDelivery(plan, feed, blocks, differences, recorder)
 
