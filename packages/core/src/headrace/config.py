@@ -60,7 +60,9 @@ class UpdateSettings:
         for field, allowed in (("route", RouteName), ("cache", CacheMode), ("verify", VerifyMode)):
             value = getattr(self, field)
             if value not in get_args(allowed):
-                raise ConfigError(f"{field} is {value!r}; choose one of {', '.join(get_args(allowed))}", name=field)
+                raise ConfigError(
+                    f"{field} is {value!r}; choose one of {', '.join(get_args(allowed))}", name=field
+                )
         if self.version is not None and self.version < 0:
             raise ConfigError(f"version is {self.version}; it must not be negative", name="version")
         if self.bucket_bytes < 4096:
@@ -88,8 +90,9 @@ class HostSettings:
 
 
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
-    """Read `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`,
-    `HEADRACE_RECIPE_CACHE`.
+    """Read the environment: the only place that does.
+
+    `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`, `HEADRACE_RECIPE_CACHE`.
 
     Raises:
         ConfigError: A value makes no sense; names the variable.

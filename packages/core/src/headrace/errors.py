@@ -1,24 +1,24 @@
 """The error taxonomy: every failure that Headrace raises, and the form in which it crosses a wire.
 
-    HeadraceError
-    ├ ConfigError · BackendUnavailableError
-    ├ CheckpointError
-    ├ ManifestMismatchError
-    ├ PlanError
-    │ ├ UncoveredRegionError
-    │ └ CapacityError
-    ├ TransportError
-    │ ├ ConnectError
-    │ ├ TransferTimeoutError
-    │ ├ PeerLostError
-    │ └ TransportClosedError
-    ├ ProtocolError
-    │ ├ LocalProtocolError
-    │ ├ RemoteProtocolError
-    │ └ VersionSkewError
-    ├ ApplyError
-    ├ IntegrityError
-    └ UpdateFailedError
+HeadraceError
+├ ConfigError · BackendUnavailableError
+├ CheckpointError
+├ ManifestMismatchError
+├ PlanError
+│ ├ UncoveredRegionError
+│ └ CapacityError
+├ TransportError
+│ ├ ConnectError
+│ ├ TransferTimeoutError
+│ ├ PeerLostError
+│ └ TransportClosedError
+├ ProtocolError
+│ ├ LocalProtocolError
+│ ├ RemoteProtocolError
+│ └ VersionSkewError
+├ ApplyError
+├ IntegrityError
+└ UpdateFailedError
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class RemoteFailure:
     weights_state: WeightsState = "old"
 
     @classmethod
-    def of(cls, error: BaseException, *, phase: str = "", weights_state: WeightsState = "old") -> RemoteFailure:
+    def of(
+        cls, error: BaseException, *, phase: str = "", weights_state: WeightsState = "old"
+    ) -> RemoteFailure:
         """Describe `error`; Headrace errors keep their own phase, name and type."""
         own = error if isinstance(error, HeadraceError) else None
         return cls(
@@ -170,7 +172,11 @@ class RemoteFailure:
         """Rebuild the error as the class of the same name, or as a `HeadraceError` that names the foreign class."""
         kind = _BY_NAME.get(self.type_name)
         message = self.message if kind else f"{self.type_name}: {self.message}"
-        context = {"phase": self.phase or None, "name": self.name or None, "weights_state": self.weights_state}
+        context = {
+            "phase": self.phase or None,
+            "name": self.name or None,
+            "weights_state": self.weights_state,
+        }
         return (kind or HeadraceError)(message, **context)  # type: ignore[arg-type]
 
 

@@ -40,7 +40,10 @@ class Box:
     def intersect(self, other: Box) -> Box | None:
         """Return the common part, or None where there is none."""
         low = tuple(map(max, self.offsets, other.offsets))
-        high = (min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True))
+        high = (
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offsets, self.shape, other.offsets, other.shape, strict=True)
+        )
         shape = tuple(h - lo for h, lo in zip(high, low, strict=True))
         return Box(low, shape) if all(extent > 0 for extent in shape) else None
 
@@ -54,9 +57,12 @@ class Box:
         for dim, (low, extent) in enumerate(zip(common.offsets, common.shape, strict=True)):
             for begin, end in ((offsets[dim], low), (low + extent, offsets[dim] + shape[dim])):
                 if end > begin:
-                    left.append(Box(
-                        (*offsets[:dim], begin, *offsets[dim + 1 :]), (*shape[:dim], end - begin, *shape[dim + 1 :])
-                    ))
+                    left.append(
+                        Box(
+                            (*offsets[:dim], begin, *offsets[dim + 1 :]),
+                            (*shape[:dim], end - begin, *shape[dim + 1 :]),
+                        )
+                    )
             offsets[dim], shape[dim] = low, extent
         return left
 
@@ -111,7 +117,9 @@ class PlacedBox:
     strides: Shape
 
 
-def place_copy(shape: Shape, loops: Sequence[Loop], source: int, target: int, limit: int) -> list[PlacedBox] | None:
+def place_copy(
+    shape: Shape, loops: Sequence[Loop], source: int, target: int, limit: int
+) -> list[PlacedBox] | None:
     """Turn a strided copy out of a row-major tensor of `shape` into boxes of it, placed in the target.
 
     Args:
@@ -142,7 +150,9 @@ def place_copy(shape: Shape, loops: Sequence[Loop], source: int, target: int, li
     for steps in product(*(range(loop.extent) for loop in enumerated)):
         shift = sum(i * loop.source for i, loop in zip(steps, enumerated, strict=True))
         base = target + sum(i * loop.target for i, loop in zip(steps, enumerated, strict=True))
-        placed.append(PlacedBox(Box(_unravel(source + shift, shape, dense), tuple(box_shape)), base, tuple(strides)))
+        placed.append(
+            PlacedBox(Box(_unravel(source + shift, shape, dense), tuple(box_shape)), base, tuple(strides))
+        )
     return placed
 
 
@@ -156,7 +166,7 @@ def _split_loops(
     """Sort loops into one per source dim (step 1) and those to enumerate; None where a loop wraps unevenly."""
     kept: dict[int, Loop] = {}
     enumerated: list[Loop] = []
-    span = {dim: begin for dim, begin in enumerate(start)}
+    span = dict(enumerate(start))
     todo = sorted(loops, key=lambda loop: loop.source)
     while todo:
         loop = todo.pop(0)
@@ -222,7 +232,9 @@ class RegionTable:
         return cls(none.astype(np.int32), wide, wide, none.astype(np.int32), none, wide)
 
     @classmethod
-    def from_rows(cls, rows: Sequence[tuple[int, Box, int, int, Sequence[int]]], ndim: int | None = None) -> Self:
+    def from_rows(
+        cls, rows: Sequence[tuple[int, Box, int, int, Sequence[int]]], ndim: int | None = None
+    ) -> Self:
         """Build from `(param, box, block, base, strides)` rows; bytes for `base` and `strides`."""
         width = max([ndim or 1, *(len(row[1].shape) for row in rows)])
         table = cls.empty(width)
@@ -242,12 +254,13 @@ class RegionTable:
     @property
     def ndim(self) -> int:
         """Number of dim columns."""
-        return self.offsets.shape[1]
+        return int(self.offsets.shape[1])
 
     @property
     def num_elements(self) -> I64:
         """Elements per region, shape (N,)."""
-        return self.shape.prod(axis=1)
+        counts: I64 = self.shape.prod(axis=1)
+        return counts
 
     @cached_property
     def key(self) -> str:

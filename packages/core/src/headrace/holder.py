@@ -23,7 +23,13 @@ from headrace import wire
 from headrace.config import HostSettings, host_settings
 from headrace.control.dialer import Dialer
 from headrace.digests import digest
-from headrace.errors import HeadraceError, LocalProtocolError, PeerLostError, RemoteFailure, TransportClosedError
+from headrace.errors import (
+    HeadraceError,
+    LocalProtocolError,
+    PeerLostError,
+    RemoteFailure,
+    TransportClosedError,
+)
 from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline, RingSignals, signal_bytes
 from headrace.protocols import WeightSource
@@ -192,14 +198,20 @@ class Holder:
         return wire.Digests(key=message.key, sums=sums)
 
     def _join_ring(self, message: wire.JoinRing) -> wire.RingReady:
-        if self._group is None or (self._group.store, self._group.world_size) != (message.store, message.world_size):
+        if self._group is None or (self._group.store, self._group.world_size) != (
+            message.store,
+            message.world_size,
+        ):
             self._group = BroadcastGroup(message.store, message.rank, message.world_size, deadline_s=60.0)
         ring = self._make_ring(message.ring_bytes, message.num_receivers)
         return wire.RingReady(ring=ring.slots.descriptor, signals=ring.signals.descriptor)
 
     def _make_ring(self, ring_bytes: int, num_receivers: int) -> _Ring:
         ring = self._ring
-        if ring and (ring.slots.descriptor.num_bytes, ring.words.num_receivers) == (ring_bytes, num_receivers):
+        if ring and (ring.slots.descriptor.num_bytes, ring.words.num_receivers) == (
+            ring_bytes,
+            num_receivers,
+        ):
             ring.words.reset()
             return ring
         self._drop_ring()
@@ -261,7 +273,9 @@ class Holder:
 
         return fill
 
-    def _caster(self, message: wire.Broadcast, ring: _Ring, group: BroadcastGroup) -> Callable[[int, int], None]:
+    def _caster(
+        self, message: wire.Broadcast, ring: _Ring, group: BroadcastGroup
+    ) -> Callable[[int, int], None]:
         plan = message.plan
         member_of = {holder: member for member, holder in enumerate(message.holder_of_member)}
         slot_bytes = plan.ring.slot_bytes
@@ -289,7 +303,9 @@ class Holder:
 def source_from(spec: dict[str, object]) -> WeightSource:
     """Build a spawned holder's source: a part of a checkpoint, or nothing (a relay that only broadcasts)."""
     if spec.get("checkpoint"):
-        return CheckpointSource(str(spec["checkpoint"]), parts=int(str(spec["parts"])), part=int(str(spec["part"])))
+        return CheckpointSource(
+            str(spec["checkpoint"]), parts=int(str(spec["parts"])), part=int(str(spec["part"]))
+        )
     return TensorSource({})
 
 

@@ -37,7 +37,10 @@ class CopyTable:
     def empty(cls, ndim: int = 1) -> Self:
         """Return a table without rows."""
         i32, i64, wide, u8 = (
-            np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros((0, ndim), np.int64), np.zeros(0, np.uint8)
+            np.zeros(0, np.int32),
+            np.zeros(0, np.int64),
+            np.zeros((0, ndim), np.int64),
+            np.zeros(0, np.uint8),
         )
         return cls(i32, i64, wide, i32, i64, wide, wide, u8, u8)
 
@@ -47,7 +50,8 @@ class CopyTable:
     @property
     def num_elements(self) -> I64:
         """Elements per copy, shape (N,)."""
-        return self.shape.prod(axis=1)
+        counts: I64 = self.shape.prod(axis=1)
+        return counts
 
     def take(self, rows: I64 | I32 | slice | np.ndarray) -> Self:
         """Return the selected rows (indices, mask or slice) in that order."""

@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from secrets import token_hex
 
 from headrace import wire
@@ -60,9 +61,14 @@ def _enrol_free(control: EngineControl, board: Switchboard, limit: float) -> lis
     while True:
         token, update_id = new_token(), f"recovery-{token_hex(4)}"
         board.hub.admit(token, count)
-        control.enrol(Ticket(update_id, board.hub.endpoint, board.hub.server_key, token), limit - time.monotonic())
+        control.enrol(
+            Ticket(update_id, board.hub.endpoint, board.hub.server_key, token), limit - time.monotonic()
+        )
         peers = board.arrivals(
-            count, lambda p: p.hello.token == token, limit - time.monotonic(), f"receivers of {control.address}"
+            count,
+            partial(_presents, token),
+            limit - time.monotonic(),
+            f"receivers of {control.address}",
         )
         busy = [peer for peer in peers if isinstance(peer.hello, wire.ReceiverHello) and peer.hello.busy_with]
         if not busy:
@@ -74,6 +80,10 @@ def _enrol_free(control: EngineControl, board: Switchboard, limit: float) -> lis
             text = f"{len(busy)} receivers of {control.address} are still busy with an update"
             raise LocalProtocolError(text, name=control.address, retryable=True)
         time.sleep(RETRY_S)
+
+
+def _presents(token: str, peer: Peer) -> bool:
+    return peer.hello.token == token
 
 
 def _verdict(peers: Sequence[Peer]) -> int | None:

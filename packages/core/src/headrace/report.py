@@ -19,6 +19,7 @@ class WorkerReport:
         why: Why this route, one sentence.
         ring: Ring mode and why, one sentence.
         num_bytes: Bytes that reached this worker.
+        live_bytes: Bytes that were written into its live tensors inside the pause.
         opaque_names: Source names that went through the engine's own loader.
         casts: `from->to` dtype casts that took place.
         stage_s: Seconds of staging while the engine served.
@@ -32,11 +33,17 @@ class WorkerReport:
     why: str
     ring: str
     num_bytes: int
+    live_bytes: int
     opaque_names: tuple[str, ...] = ()
     casts: tuple[str, ...] = ()
     stage_s: float = 0.0
     commit_s: float = 0.0
     verify_s: float = 0.0
+
+    @property
+    def gb_per_s(self) -> float:
+        """Live bytes over the commit, in 1e9 bytes per second."""
+        return self.live_bytes / self.commit_s / 1e9 if self.commit_s else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,11 @@ class UpdateReport:
         return max((worker.commit_s for worker in self.workers), default=0.0)
 
     @property
+    def live_bytes(self) -> int:
+        """Bytes written into live tensors, over all workers."""
+        return sum(worker.live_bytes for worker in self.workers)
+
+    @property
     def gb_per_s(self) -> float:
-        """Bytes of all workers over the longest commit, in 1e9 bytes per second."""
-        return self.num_bytes / self.commit_s / 1e9 if self.commit_s else 0.0
+        """Live bytes of all workers over the longest commit, in 1e9 bytes per second."""
+        return self.live_bytes / self.commit_s / 1e9 if self.commit_s else 0.0

@@ -150,7 +150,8 @@ class ParamTable(Sequence[ParamMeta]):
     @cached_property
     def num_bytes(self) -> I64:
         """Dense bytes per parameter: int64 of shape (len(self),)."""
-        return self.shapes.prod(axis=1) * ITEMSIZES[self.dtype_codes]
+        sizes: I64 = self.shapes.prod(axis=1) * ITEMSIZES[self.dtype_codes]
+        return sizes
 
     @cached_property
     def key(self) -> str:

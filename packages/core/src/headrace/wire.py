@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from headrace.telemetry import Span
 from headrace.types import DTYPES, ParamMeta, ParamTable, VerifyMode, WorkerId
 
 PROTOCOL_VERSION = 1
+T = TypeVar("T")
 _HEADER = struct.Struct("<4sH")
 _MAGIC = b"HDRC"
 
@@ -265,11 +266,36 @@ class Shutdown(Message, frozen=True):
 
 
 AnyMessage = (
-    Heartbeat | Failed
-    | ReceiverHello | HolderHello | NeedMetas | Described | Staged | Prepared | Committed | Finished | Aborted
-    | Progress | Published | Digests | RingReady | BroadcastDone
-    | Refused | Describe | Stage | Prepare | Commit | Finish | Abort
-    | Publish | SumDigests | JoinRing | Broadcast | CancelBroadcast | Release | Shutdown
+    Heartbeat
+    | Failed
+    | ReceiverHello
+    | HolderHello
+    | NeedMetas
+    | Described
+    | Staged
+    | Prepared
+    | Committed
+    | Finished
+    | Aborted
+    | Progress
+    | Published
+    | Digests
+    | RingReady
+    | BroadcastDone
+    | Refused
+    | Describe
+    | Stage
+    | Prepare
+    | Commit
+    | Finish
+    | Abort
+    | Publish
+    | SumDigests
+    | JoinRing
+    | Broadcast
+    | CancelBroadcast
+    | Release
+    | Shutdown
 )
 
 
@@ -286,7 +312,7 @@ def _to_builtins(value: object) -> object:
 _ALLOWED_ARRAYS = frozenset({"<i8", "<i4", "|u1", "<u8", "<f8"})
 
 
-def _from_builtins(kind: Any, value: Any) -> object:
+def _from_builtins(kind: Any, value: Any) -> object:  # noqa: ANN401 - any type, any data
     if kind is ParamTable:
         return _param_table(value)
     if kind is np.ndarray or get_origin(kind) is np.ndarray:
@@ -309,7 +335,8 @@ def _param_table(value: Sequence[Any]) -> ParamTable:
         message = "a parameter table's columns differ in length"
         raise ValueError(message)
     return ParamTable(
-        ParamMeta(name, DTYPES[code].name, tuple(shape)) for name, code, shape in zip(names, codes, shapes, strict=True)
+        ParamMeta(name, DTYPES[code].name, tuple(shape))
+        for name, code, shape in zip(names, codes, shapes, strict=True)
     )
 
 
@@ -355,7 +382,7 @@ def encode_array_struct(value: object) -> bytes:
     return _encoder.encode(value)
 
 
-def decode_array_struct(data: bytes, kind: type[Any]) -> Any:
+def decode_array_struct(data: bytes, kind: type[T]) -> T:
     """Return what `encode_array_struct` wrote.
 
     Raises:
@@ -368,5 +395,14 @@ def decode_array_struct(data: bytes, kind: type[Any]) -> Any:
         raise RemoteProtocolError(message) from error
 
 
-__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)]
-__all__ += ["PROTOCOL_VERSION", "RingAddress", "decode", "decode_array_struct", "encode", "encode_array_struct"]
+__all__ = [
+    name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)
+]
+__all__ += [
+    "PROTOCOL_VERSION",
+    "RingAddress",
+    "decode",
+    "decode_array_struct",
+    "encode",
+    "encode_array_struct",
+]

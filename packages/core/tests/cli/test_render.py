@@ -18,7 +18,8 @@ WORKERS = tuple(
         transport="memory",
         why="all bytes lie on this host",
         ring="no buffer needed",
-        num_bytes=3_000_000_000,
+        num_bytes=4_000_000_000,
+        live_bytes=3_000_000_000,
         opaque_names=("model.norm.weight",) if rank == 0 else (),
         casts=("bfloat16->float32 (311 tensors)",),
         stage_s=0.25,
@@ -47,7 +48,7 @@ REPORT = UpdateReport(
 def test_json_has_the_documented_keys_and_survives_a_round_trip() -> None:
     data = report_json(REPORT, memcpy_gb_per_s=8.0)
     assert json.loads(json.dumps(data)) == data
-    assert data["bytes"] == 6_000_000_000
+    assert (data["bytes"], data["live_bytes"]) == (8_000_000_000, 6_000_000_000)
     assert data["seconds"] == {
         "read": 1.0,
         "plan": 0.01,
@@ -67,7 +68,8 @@ def test_json_has_the_documented_keys_and_survives_a_round_trip() -> None:
         "transport": "memory",
         "why": "all bytes lie on this host",
         "ring": "no buffer needed",
-        "bytes": 3_000_000_000,
+        "bytes": 4_000_000_000,
+        "live_bytes": 3_000_000_000,
         "seconds": {"stage": 0.25, "commit": 1.5, "verify": 0.125},
         "casts": ["bfloat16->float32 (311 tensors)"],
         "opaque_names": [],
@@ -94,7 +96,7 @@ def test_table_shows_workers_and_the_whole() -> None:
         "engine-a[1]",
         "7",
         "direct (memory)",
-        "2.79 GiB",
+        "3.73 GiB",
         "250 ms",
         "1.5 s",
         "",
@@ -102,7 +104,7 @@ def test_table_shows_workers_and_the_whole() -> None:
         "2.00",
         "",
     ]
-    assert rows[2] == ["all", "7", "", "5.59 GiB", "250 ms", "1.5 s", "1.6 s", "3 s", "4.00", "50%"]
+    assert rows[2] == ["all", "7", "", "7.45 GiB", "250 ms", "1.5 s", "1.6 s", "3 s", "4.00", "50%"]
     assert "version 7: cache recompute, verified by digest, first update" in text
     assert text.count("all bytes lie on this host") == 1
     assert "cast: bfloat16->float32 (311 tensors)" in text

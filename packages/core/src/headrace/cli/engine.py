@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,12 +20,26 @@ def engine(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto takes the model's own.")] = "auto",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights, paused until the first update.")] = "auto",
+    load_format: Annotated[
+        str, typer.Option(help="auto, or dummy: random weights, paused until the first update.")
+    ] = "auto",
 ) -> None:
     """Serve a model with /v1/completions; its weights can be updated while it serves."""
     from headrace.embedded.server import serve
     from headrace.embedded.settings import EngineSettings
 
-    serve(EngineSettings(
-        model=model, tp=tp, host=host, port=port, device=device, dtype=dtype, load_format=load_format
-    ))
+    serve(
+        EngineSettings(
+            model=model,
+            tp=tp,
+            host=host,
+            port=port,
+            device=_any(device),
+            dtype=dtype,
+            load_format=_any(load_format),
+        )
+    )
+
+
+def _any(value: str) -> Any:  # noqa: ANN401 - EngineSettings checks it and says what is allowed
+    return value

@@ -5,7 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from headrace.cli.console import stderr
 
@@ -43,7 +51,11 @@ class UpdateProgress:
         """Show one step of an update."""
         text = f"{self._title}{_PHASES.get(phase, phase)}"
         self._progress.update(
-            self._task, description=text, completed=done_bytes, total=total_bytes or None, refresh=not total_bytes
+            self._task,
+            description=text,
+            completed=done_bytes,
+            total=total_bytes or None,
+            refresh=not total_bytes,
         )
 
     def __enter__(self) -> Self:

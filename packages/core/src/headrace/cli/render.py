@@ -16,10 +16,11 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
     """Return a report as plain data; seconds as numbers, bytes as integers.
 
     Keys: `update_id`, `version`, `first` (recording and proof included), `cache`, `verify`, `bytes` (of all
-    workers), `seconds` (`read`, `plan`, `stage`, `commit`, `stall`, `total`, `overhead`), `gb_per_s`
-    (bytes over the longest commit, 1e9), `memcpy_gb_per_s` and `share_of_memcpy` (None where no ceiling was
-    measured), `unused_names`, and `workers`, each with `instance`, `rank`, `route`, `transport`, `why`,
-    `ring`, `bytes`, `seconds` (`stage`, `commit`, `verify`), `casts`, `opaque_names`. Spans are in the
+    workers), `live_bytes` (written into live tensors in the pause), `seconds` (`read`, `plan`, `stage`,
+    `commit`, `stall`, `total`, `overhead`), `gb_per_s` (live bytes over the longest commit, 1e9),
+    `memcpy_gb_per_s` and `share_of_memcpy` (None where no ceiling was measured), `unused_names`, and
+    `workers`, each with `instance`, `rank`, `route`, `transport`, `why`, `ring`,
+    `bytes`, `live_bytes`, `seconds` (`stage`, `commit`, `verify`), `casts`, `opaque_names`. Spans are in the
     trace, not here.
 
     Args:
@@ -33,6 +34,7 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
         "cache": report.cache,
         "verify": report.verify,
         "bytes": report.num_bytes,
+        "live_bytes": report.live_bytes,
         "seconds": {
             phase: getattr(report, f"{phase}_s")
             for phase in ("read", "plan", "stage", "commit", "stall", "total", "overhead")
@@ -54,6 +56,7 @@ def _worker_json(worker: WorkerReport) -> dict[str, object]:
         "why": worker.why,
         "ring": worker.ring,
         "bytes": worker.num_bytes,
+        "live_bytes": worker.live_bytes,
         "seconds": {"stage": worker.stage_s, "commit": worker.commit_s, "verify": worker.verify_s},
         "casts": list(worker.casts),
         "opaque_names": list(worker.opaque_names),
@@ -62,26 +65,26 @@ def _worker_json(worker: WorkerReport) -> dict[str, object]:
 
 def report_table(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> Table:
     """Return one row per worker and a row for the whole update, which alone has stall and total."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=_title(report), title_justify="left", header_style="bold")
-    for heading in ("worker", "version", "route"):
+    table = Table(title=_title(report), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("worker", "route"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("bytes", "stage", "commit", "stall", "total", "GB/s", "of memcpy"):
+    share = _share(report, memcpy_gb_per_s)
+    for heading in ("bytes", "stage", "commit", "stall", "total", "GB/s", *(["of memcpy"] if share else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for worker in report.workers:
-        table.add_row(*_worker_row(worker, report.version))
+        table.add_row(*_worker_row(worker))
     table.add_section()
-    share = _share(report, memcpy_gb_per_s)
     seconds = (report.stage_s, report.commit_s, report.stall_s, report.total_s)
     table.add_row(
         "all",
-        str(report.version),
         "",
         format_bytes(report.num_bytes),
         *map(format_seconds, seconds),
         f"{report.gb_per_s:.2f}",
-        "" if share is None else f"{share:.0%}",
+        *([f"{share:.0%}"] if share else []),
         style="bold",
     )
     return table
@@ -99,24 +102,26 @@ def _title(report: UpdateReport) -> str:
     return f"version {report.version}: cache {report.cache}, verified by {report.verify}{first}"
 
 
-def _worker_row(worker: WorkerReport, version: int) -> tuple[str, ...]:
+def _worker_row(worker: WorkerReport) -> tuple[str, ...]:
     speed = worker.num_bytes / worker.commit_s / 1e9 if worker.commit_s else 0.0
     return (
         str(worker.worker),
-        str(version),
-        f"{worker.route} ({worker.transport})",
+        _way(worker),
         format_bytes(worker.num_bytes),
         format_seconds(worker.stage_s),
         format_seconds(worker.commit_s),
         "",
         "",
         f"{speed:.2f}",
-        "",
     )
 
 
+def _way(worker: WorkerReport) -> str:
+    return worker.route if worker.transport == "collective" else f"{worker.route} ({worker.transport})"
+
+
 def _notes(report: UpdateReport) -> list[str]:
-    reasons = dict.fromkeys(f"{w.route} ({w.transport}): {w.why}" for w in report.workers)
+    reasons = dict.fromkeys(f"{_way(w)}: {w.why}" for w in report.workers)
     rings = dict.fromkeys(f"memory: {w.ring}" for w in report.workers if w.ring)
     casts = dict.fromkeys(f"cast: {cast}" for w in report.workers for cast in w.casts)
     opaque = dict.fromkeys(name for w in report.workers for name in w.opaque_names)

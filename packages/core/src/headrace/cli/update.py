@@ -24,17 +24,29 @@ def register(app: typer.Typer) -> None:
 
 def update(
     checkpoint: Annotated[Path, typer.Option(help="Folder or file of safetensors.")],
-    to: Annotated[list[str], typer.Option(help="Engine as NAME=URL, e.g. torch=http://127.0.0.1:8000; repeatable.")],
+    to: Annotated[
+        list[str], typer.Option(help="Engine as NAME=URL, e.g. torch=http://127.0.0.1:8000; repeatable.")
+    ],
     route: Annotated[str, typer.Option(help="auto, direct or broadcast.")] = "auto",
     transport: Annotated[str, typer.Option(help="auto, memory or tcp.")] = "auto",
-    cache: Annotated[str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")] = "recompute",
+    cache: Annotated[
+        str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")
+    ] = "recompute",
     verify: Annotated[str, typer.Option(help="none, digest or full.")] = "digest",
-    version: Annotated[int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")] = None,
+    version: Annotated[
+        int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse source names that nothing uses.")] = False,
-    holders: Annotated[int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")] = None,
-    budget_gib: Annotated[float | None, typer.Option(help="Most staging memory per worker; default: what is free.")] = None,
+    holders: Annotated[
+        int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")
+    ] = None,
+    budget_gib: Annotated[
+        float | None, typer.Option(help="Most staging memory per worker; default: what is free.")
+    ] = None,
     bucket_mib: Annotated[float, typer.Option(help="Size of one bucket.")] = 64.0,
-    ready_s: Annotated[float, typer.Option(help="How long to wait for an engine that is not up yet.")] = 600.0,
+    ready_s: Annotated[
+        float, typer.Option(help="How long to wait for an engine that is not up yet.")
+    ] = 600.0,
     trace: Annotated[Path | None, typer.Option(help="Write Chrome trace events (Perfetto).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -68,7 +80,9 @@ def _any(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says
     return value
 
 
-def _update(checkpoint: Path, to: list[str], settings: UpdateSettings, holders: int | None) -> UpdateReport | None:
+def _update(
+    checkpoint: Path, to: list[str], settings: UpdateSettings, holders: int | None
+) -> UpdateReport | None:
     """Run the update; under torchrun every rank holds a part and rank 0 leads, the others return None."""
     from headrace.cli.progress import UpdateProgress
     from headrace.server.parameter_server import ParameterServer

@@ -61,14 +61,20 @@ class RingSignals:
             PeerLostError: The holder cancelled.
             TransferTimeoutError: Not within the deadline.
         """
-        self._wait(lambda: int(self._words[_FILLED]) >= count, deadline_s, alive, f"bucket {count - 1} of the ring")
+        self._wait(
+            lambda: int(self._words[_FILLED]) >= count, deadline_s, alive, f"bucket {count - 1} of the ring"
+        )
 
     def wait_applied(self, count: int, deadline_s: float, alive: Callable[[], None]) -> None:
         """Wait until every receiver has applied `count` buckets. Holder only."""
-        words = self._words[_FIRST_APPLIED :: _STRIDE]
-        self._wait(lambda: bool((words >= count).all()), deadline_s, alive, f"receivers to take bucket {count - 1}")
+        words = self._words[_FIRST_APPLIED::_STRIDE]
+        self._wait(
+            lambda: bool((words >= count).all()), deadline_s, alive, f"receivers to take bucket {count - 1}"
+        )
 
-    def _wait(self, ready: Callable[[], bool], deadline_s: float, alive: Callable[[], None], what: str) -> None:
+    def _wait(
+        self, ready: Callable[[], bool], deadline_s: float, alive: Callable[[], None], what: str
+    ) -> None:
         limit = time.monotonic() + deadline_s
         while not ready():
             alive()

@@ -15,7 +15,11 @@ from headrace.types import ParamMeta
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the memory that `tensor` spans, from its first element on, as uint8; shares storage."""
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    span = (
+        1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.numel()
+        else 0
+    )
     return torch.as_strided(tensor.detach(), (span,), (1,)).view(torch.uint8)
 
 
@@ -32,7 +36,9 @@ class Destinations:
     opaque: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, recipe: LoadRecipe, plan: TransferPlan, live: Mapping[str, torch.Tensor], device: str) -> Destinations:
+    def of(
+        cls, recipe: LoadRecipe, plan: TransferPlan, live: Mapping[str, torch.Tensor], device: str
+    ) -> Destinations:
         """Find live tensors and allocate opaque buffers; pages are touched by the first copy into them."""
         with torch.inference_mode():
             targets = [live[meta.name] for meta in recipe.targets]

@@ -55,7 +55,9 @@ class _Bucket:
     num_bytes: int
 
 
-def _bucket(plan: TransferPlan, number: int, sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]) -> _Bucket:
+def _bucket(
+    plan: TransferPlan, number: int, sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]
+) -> _Bucket:
     begin, end = int(plan.apply_starts[number]), int(plan.apply_starts[number + 1])
     is_opaque = plan.apply.dst_block[begin:end] >= plan.num_targets
     rows = np.arange(begin, end)
@@ -89,7 +91,9 @@ class Differences:
         rows = bucket.live_rows[bucket.live.differences()]
         if len(rows):
             names = sorted({self._names[int(i)] for i in self._plan.apply.dst_block[rows]})
-            message = f"{len(names)} parameters differ from their source after the copy: {', '.join(names[:5])}"
+            message = (
+                f"{len(names)} parameters differ from their source after the copy: {', '.join(names[:5])}"
+            )
             raise IntegrityError(message, name=names[0], phase="verify")
 
 
@@ -122,7 +126,9 @@ class DirectDelivery:
                 self._transport.mapping(segment.segment_id).populate(POPULATE_CHUNK_BYTES)
         sources = [self._transport.mapped(segment.segment_id) for segment in self._plan.segments]
         with self._recorder.span("build"):
-            self._buckets = [_bucket(self._plan, b, sources, self._blocks) for b in range(self._plan.num_buckets)]
+            self._buckets = [
+                _bucket(self._plan, b, sources, self._blocks) for b in range(self._plan.num_buckets)
+            ]
         with self._recorder.span("stage"):
             for bucket in self._buckets:
                 bucket.opaque.run()
@@ -240,7 +246,9 @@ def check_deadline(limit: float, deadline_s: float) -> float:
     return left
 
 
-def tcp_feed(plan: TransferPlan, holders: Sequence[HolderAddress], transport: Transport, deadline_s: float) -> Feed:
+def tcp_feed(
+    plan: TransferPlan, holders: Sequence[HolderAddress], transport: Transport, deadline_s: float
+) -> Feed:
     """Return a feed that reads each bucket's bytes over `transport` into memory of this worker."""
     for number, segment in enumerate(plan.segments):
         transport.open(holders[int(plan.segment_holder[number])], segment, deadline_s)

@@ -14,8 +14,8 @@ from headrace.config import host_settings
 from headrace.errors import CheckpointError
 from headrace.planner import check_fit
 from headrace.protocols import InferenceBackend
-from headrace.recording import RecipeCache, opaque_recipe, prove, record, whole_tensors
 from headrace.recipe import LoadRecipe
+from headrace.recording import RecipeCache, opaque_recipe, prove, record, whole_tensors
 from headrace.store.checkpoint import CheckpointSource
 from headrace.telemetry import Recorder
 from headrace.types import ParamTable
@@ -32,7 +32,7 @@ class Entry:
 
 
 class RecipeBook:
-    """Recipes of one worker, by the source's names, dtypes and shapes. Not thread-safe; used by one session at a time."""
+    """Recipes of one worker, by the source's names, dtypes and shapes; used by one session at a time."""
 
     def __init__(self, backend: InferenceBackend, recorder: Recorder) -> None:
         self._backend = backend
@@ -54,7 +54,7 @@ class RecipeBook:
         """
         entry = self._entries.get(metas.key)
         if entry is None:
-            entry = self._entries[metas.key] = self._make(metas)
+            entry = self._entries[metas.key] = self._reordered(metas) or self._make(metas)
         return entry
 
     def touched(self) -> None:
@@ -67,8 +67,18 @@ class RecipeBook:
         if entry.unproven is None:
             return
         with self._recorder.span("prove"):
-            recipe = prove(entry.unproven, self._live(), sources.__getitem__, reload_unit=self._backend.reload_unit)
+            recipe = prove(
+                entry.unproven, self._live(), sources.__getitem__, reload_unit=self._backend.reload_unit
+            )
         self._keep(metas_key, recipe)
+
+    def _reordered(self, metas: ParamTable) -> Entry | None:
+        """Return a proven entry for the same parameters in another order: a trainer's is seldom the file's."""
+        wanted = frozenset(metas)
+        for entry in self._entries.values():
+            if entry.unproven is None and frozenset(entry.recipe.sources) == wanted:
+                return entry
+        return None
 
     def _make(self, metas: ParamTable) -> Entry:
         identity = self._backend.identity()
@@ -89,7 +99,9 @@ class RecipeBook:
                 can_rederive=self._backend.rederive(()),
             )
         check_fit(recorded, metas)
-        return self._proven_at_start(recorded, metas) or Entry(self._through_loader(recorded, metas), recorded)
+        return self._proven_at_start(recorded, metas) or Entry(
+            self._through_loader(recorded, metas), recorded
+        )
 
     def _through_loader(self, recorded: LoadRecipe, metas: ParamTable) -> LoadRecipe:
         """Return the recipe of an update that proves another: all sources that the loader uses go through it."""
@@ -108,7 +120,7 @@ class RecipeBook:
             logger.warning("the engine's own checkpoint cannot prove its recipe: %s", error)
             return None
         try:
-            if source.metadata() != metas:
+            if frozenset(source.metadata()) != frozenset(metas):
                 return None
             with self._recorder.span("prove"):
                 recipe = prove(

@@ -81,7 +81,9 @@ class Session:
             while self.alive:
                 self._take(dialer, dialer.receive(None))
         except PeerLostError as error:
-            logger.warning("update %s: the updater is gone (%s); %s", self.ticket.update_id, error, self._aftermath())
+            logger.warning(
+                "update %s: the updater is gone (%s); %s", self.ticket.update_id, error, self._aftermath()
+            )
         except HeadraceError as error:
             logger.warning("update %s could not enrol: %s", self.ticket.update_id, error)
         finally:
@@ -167,7 +169,9 @@ class Session:
             ring = borrow(address.holder.unix_socket, address.ring, PROBE_DEADLINE_S)
             signals = borrow(address.holder.unix_socket, address.signals, PROBE_DEADLINE_S, writable=True)
             words = RingSignals(signals.tensor)
-            feed = broadcast_feed(plan, ring.tensor, words, address.slot_index, FETCH_DEADLINE_S, self._check_alive)
+            feed = broadcast_feed(
+                plan, ring.tensor, words, address.slot_index, FETCH_DEADLINE_S, self._check_alive
+            )
         else:
             transport = self._receiver.transport(plan.transport)
             feed = tcp_feed(plan, message.holders, transport, FETCH_DEADLINE_S)
@@ -233,7 +237,11 @@ class Session:
             text = f"version {message.version} was not committed here; pending is {receiver.pending_version}"
             raise LocalProtocolError(text, phase="finish")
         self._backend.set_version(message.version)
-        receiver.served_version, receiver.pending_version, receiver.weights_state = message.version, None, "old"
+        receiver.served_version, receiver.pending_version, receiver.weights_state = (
+            message.version,
+            None,
+            "old",
+        )
         return wire.Finished(spans=tuple(receiver.recorder.drain()))
 
     def _prove(self) -> None:

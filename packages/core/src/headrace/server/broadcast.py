@@ -13,6 +13,7 @@ from headrace.manifest import HolderAddress
 from headrace.plan import BroadcastPlan
 from headrace.planner import ReceiverNeeds
 from headrace.server.switchboard import Peer, gather
+from headrace.transports.collective import serve_store
 
 ABORT_S = 5.0
 JOIN_S = 60.0
@@ -29,8 +30,6 @@ class RingHost:
 
     def address(self, members: Sequence[int]) -> str:
         """Return the store's address for holders with these process ids."""
-        from headrace.transports.collective import serve_store
-
         if self._store is None or self._members != tuple(members):
             self._store, self._address = serve_store(self._host)
             self._members = tuple(members)
@@ -50,7 +49,11 @@ class BroadcastRun:
         self._rings = rings
 
     def start(
-        self, version: int, served_by: Sequence[int | None], addresses: Sequence[HolderAddress], limits: Deadlines
+        self,
+        version: int,
+        served_by: Sequence[int | None],
+        addresses: Sequence[HolderAddress],
+        limits: Deadlines,
     ) -> list[wire.RingAddress | None]:
         """Have all holders join the group, make their rings and begin; returns each receiver's ring.
 
@@ -65,9 +68,15 @@ class BroadcastRun:
         deadline_s = limits.stage_s + limits.pause_s + limits.commit_s
         members = tuple(range(len(self._holders)))
         for member, peer in enumerate(self._holders):
-            peer.send(wire.Broadcast(
-                version=version, plan=self._plan, member=member, holder_of_member=members, deadline_s=deadline_s
-            ))
+            peer.send(
+                wire.Broadcast(
+                    version=version,
+                    plan=self._plan,
+                    member=member,
+                    holder_of_member=members,
+                    deadline_s=deadline_s,
+                )
+            )
         seen: Counter[int] = Counter()
         rings: list[wire.RingAddress | None] = []
         for holder in served_by:
@@ -97,13 +106,15 @@ class BroadcastRun:
         store = self._rings.address([getattr(peer.hello, "pid", 0) for peer in self._holders])
         ring = self._plan.ring
         for rank, peer in enumerate(self._holders):
-            peer.send(wire.JoinRing(
-                rank=rank,
-                world_size=len(self._holders),
-                store=store,
-                ring_bytes=max(1, ring.slot_bytes * ring.depth),
-                num_receivers=receivers[rank],
-            ))
+            peer.send(
+                wire.JoinRing(
+                    rank=rank,
+                    world_size=len(self._holders),
+                    store=store,
+                    ring_bytes=max(1, ring.slot_bytes * ring.depth),
+                    num_receivers=receivers[rank],
+                )
+            )
         try:
             answers = gather(self._holders, wire.RingReady, JOIN_S, "join")
         except HeadraceError:

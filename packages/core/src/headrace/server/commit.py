@@ -144,8 +144,8 @@ def _group_name(group: int, member: Member) -> str:
     """Return the parameter behind a digest: a live tensor, or a source that went through the loader."""
     targets = member.recipe.targets
     if group < len(targets) or member.plan is None:
-        return targets[group].name
-    return member.recipe.sources[int(member.plan.opaque[group - len(targets)])].name
+        return str(targets[group].name)
+    return str(member.recipe.sources[int(member.plan.opaque[group - len(targets)])].name)
 
 
 def _broken(errors: dict[FailureKey, HeadraceError], instance: Instance) -> UpdateFailedError:

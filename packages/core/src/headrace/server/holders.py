@@ -78,11 +78,16 @@ class HolderPool:
             self._start(ticket, count)
         tokens = {ticket.token for ticket in tickets}
         found = self._switchboard.arrivals(
-            count, lambda p: isinstance(p.hello, wire.HolderHello) and p.hello.token in tokens, STARTUP_S, "holders"
+            count,
+            lambda p: isinstance(p.hello, wire.HolderHello) and p.hello.token in tokens,
+            STARTUP_S,
+            "holders",
         )
         self.peers = sorted(found, key=lambda peer: peer.key)
 
-    def publish(self, version: int, deadlines: Deadlines, progress: ProgressCallback | None = None) -> list[Manifest]:
+    def publish(
+        self, version: int, deadlines: Deadlines, progress: ProgressCallback | None = None
+    ) -> list[Manifest]:
         """Have every holder complete `version`; returns their manifests by holder index.
 
         Raises:

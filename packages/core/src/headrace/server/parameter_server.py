@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Self
 from headrace.config import HostSettings, UpdateSettings, host_settings
 from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
+from headrace.plan import TransferPlan
 from headrace.planner import Planner, casts
 from headrace.protocols import EngineControl, WeightSource
+from headrace.recipe import LoadRecipe
 from headrace.registry import engine_control
 from headrace.report import UpdateReport, WorkerReport
 from headrace.server.broadcast import RingHost
@@ -27,6 +29,7 @@ from headrace.server.update import Kept, Update
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Span
+from headrace.types import ITEMSIZES
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +74,12 @@ class ParameterServer:
         hub = Hub(self._host)
         board = Switchboard(hub)
         self._kept = Kept(
-            board, HolderPool(spec, board, self._host, launch), Planner(), Guardian(), {}, RingHost(self._host.bind_host)
+            board,
+            HolderPool(spec, board, self._host, launch),
+            Planner(),
+            Guardian(),
+            {},
+            RingHost(self._host.bind_host),
         )
         self._busy = threading.Lock()
 
@@ -105,8 +113,7 @@ class ParameterServer:
             raise ConfigError("an update needs at least one engine", name="to")
         controls: list[tuple[EngineControl, str | None]] = []
         try:
-            for target in targets:
-                controls.append(self._control(target))
+            controls += map(self._control, targets)
             return self._run(controls, settings, progress or _quiet)
         finally:
             for control, own in controls:
@@ -138,7 +145,10 @@ class ParameterServer:
         return control, target
 
     def _run(
-        self, controls: Sequence[tuple[EngineControl, str | None]], settings: UpdateSettings, progress: ProgressCallback
+        self,
+        controls: Sequence[tuple[EngineControl, str | None]],
+        settings: UpdateSettings,
+        progress: ProgressCallback,
     ) -> UpdateReport:
         begin = time.monotonic()
         update = Update(self._kept, controls, settings, self._source.metadata, self._num_holders, progress)
@@ -220,6 +230,7 @@ def _worker_report(member: Member) -> WorkerReport:
         why=plan.why,
         ring=f"{plan.ring.mode}: {plan.ring.why}",
         num_bytes=plan.num_bytes,
+        live_bytes=_live_bytes(member.recipe, plan),
         opaque_names=tuple(member.recipe.sources[int(i)].name for i in plan.opaque),
         casts=casts(member.recipe),
         stage_s=seconds("map", "build", "stage"),
@@ -228,3 +239,9 @@ def _worker_report(member: Member) -> WorkerReport:
     )
 
 
+def _live_bytes(recipe: LoadRecipe, plan: TransferPlan) -> int:
+    """Return what the plan's copies write into live tensors, and what the loader is given for the others."""
+    copies = plan.apply
+    into_live = copies.dst_block < plan.num_targets
+    copied = (copies.num_elements * ITEMSIZES[copies.dst_dtype])[into_live].sum()
+    return int(copied) + sum(recipe.sources[int(i)].num_bytes for i in plan.opaque)

@@ -115,7 +115,9 @@ class Switchboard:
         self._thread = threading.Thread(target=self._pump, name="headrace-switchboard", daemon=True)
         self._thread.start()
 
-    def arrivals(self, count: int, wanted: Callable[[Peer], bool], deadline_s: float, what: str) -> list[Peer]:
+    def arrivals(
+        self, count: int, wanted: Callable[[Peer], bool], deadline_s: float, what: str
+    ) -> list[Peer]:
         """Wait until `count` peers that are `wanted` have presented themselves.
 
         Raises:
@@ -209,7 +211,10 @@ def gather(peers: Sequence[Peer], kind: type[M], deadline_s: float, phase: str) 
 
 def failed(errors: Mapping[FailureKey, HeadraceError], phase: str) -> UpdateFailedError:
     """Return one error that carries those of all ranks."""
-    failures = {key: RemoteFailure.of(error, phase=phase, weights_state=error.weights_state) for key, error in errors.items()}
+    failures = {
+        key: RemoteFailure.of(error, phase=phase, weights_state=error.weights_state)
+        for key, error in errors.items()
+    }
     key, first = next(iter(errors.items()))
     more = f" (and {len(errors) - 1} more ranks)" if len(errors) > 1 else ""
     states: set[WeightsState] = {error.weights_state for error in errors.values()}

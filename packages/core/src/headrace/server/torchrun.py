@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from headrace.config import host_settings
 from headrace.errors import ConfigError, ConnectError
 from headrace.holder import Holder, HolderTicket
 from headrace.store.checkpoint import CheckpointSource
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
 
 TICKET_WAIT_S = 900.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -37,11 +35,12 @@ class Launch:
         Raises:
             ConnectError: It cannot be reached.
         """
-        from torch.distributed import TCPStore
-
         try:
             return TCPStore(
-                self.master_address, self.master_port, is_master=False, timeout=timedelta(seconds=TICKET_WAIT_S)
+                self.master_address,
+                self.master_port,
+                is_master=False,
+                timeout=timedelta(seconds=TICKET_WAIT_S),
             )
         except RuntimeError as error:
             address = f"{self.master_address}:{self.master_port}"

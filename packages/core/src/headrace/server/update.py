@@ -135,7 +135,9 @@ class Update:
             )
         for instance in self.instances:
             hub.revoke(instance.token)
-            instance.peers = sorted((p for p in peers if p.hello.token == instance.token), key=lambda peer: peer.key)
+            instance.peers = sorted(
+                (p for p in peers if p.hello.token == instance.token), key=lambda peer: peer.key
+            )
         self._refuse_busy(peers)
         self.version = next_version([_hello(peer).served_version for peer in peers], self._settings.version)
         return peers
@@ -166,7 +168,9 @@ class Update:
         errors: dict[FailureKey, HeadraceError] = {}
         with self._phase("describe"):
             for peer in peers:
-                peer.send(wire.Describe(metas_key=metas.key, metas=None, holders=holders, known_recipes=known))
+                peer.send(
+                    wire.Describe(metas_key=metas.key, metas=None, holders=holders, known_recipes=known)
+                )
             full = wire.Describe(metas_key=metas.key, metas=metas, holders=holders, known_recipes=known)
             wanting = [peer for peer in peers if self._wants_metas(peer, errors, manifests)]
             for peer in wanting:
@@ -230,9 +234,15 @@ class Update:
                 self._broadcast = BroadcastRun(plan.broadcast, self._kept.holders.peers, self._kept.rings)
                 rings = self._broadcast.start(self.version, served_by, holders, limits)
             for member, transfer, ring in zip(self.members, plan.receivers, rings, strict=True):
-                member.peer.send(wire.Stage(
-                    version=self.version, plan=transfer, holders=holders, verify=self._settings.verify, ring=ring
-                ))
+                member.peer.send(
+                    wire.Stage(
+                        version=self.version,
+                        plan=transfer,
+                        holders=holders,
+                        verify=self._settings.verify,
+                        ring=ring,
+                    )
+                )
             if self._settings.verify == "digest":
                 self._ask_sums(plan)
             gather([member.peer for member in self.members], wire.Staged, limits.stage_s, "stage")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed as dist
 
 from headrace.errors import ConnectError, PeerLostError
-
-if TYPE_CHECKING:
-    import torch
 
 
 class BroadcastGroup:
@@ -25,14 +24,13 @@ class BroadcastGroup:
     """
 
     def __init__(self, store: str, rank: int, world_size: int, deadline_s: float) -> None:
-        from torch import distributed as dist
 
         host, _, port = store.rpartition(":")
         limit = timedelta(seconds=deadline_s)
         self.store = store
         self.world_size = world_size
         try:
-            self._store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+            self._store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)  # type: ignore[attr-defined]
             self._group = dist.ProcessGroupGloo(self._store, rank, world_size, limit)
         except (RuntimeError, ValueError) as error:
             message = f"member {rank} of {world_size} could not join the broadcast group at {store}: {error}"
@@ -44,12 +42,10 @@ class BroadcastGroup:
         Raises:
             PeerLostError: A member died or did not come within the deadline; the group cannot be used any more.
         """
-        from torch import distributed as dist
-
         options = dist.BroadcastOptions()
         options.rootRank = root
         try:
-            self._group.broadcast([buffer], options).wait()
+            self._group.broadcast([buffer], options).wait()  # type: ignore[attr-defined]
         except RuntimeError as error:
             message = f"the broadcast from member {root} broke: {error}"
             raise PeerLostError(message, rank=root) from error
@@ -57,7 +53,5 @@ class BroadcastGroup:
 
 def serve_store(host: str) -> tuple[object, str]:
     """Open a rendezvous store on a free port; returns it (keep it alive) and its `host:port`."""
-    from torch import distributed as dist
-
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     return store, f"{host}:{store.port}"
