@@ -90,21 +90,9 @@ def _printed(report: UpdateReport, memcpy_gb_per_s: float | None = None, width: 
 
 def test_table_shows_workers_and_the_whole() -> None:
     text = _printed(REPORT, memcpy_gb_per_s=8.0)
-    lines = [line for line in text.splitlines() if line.startswith("│")]
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-    assert rows[1] == [
-        "engine-a[1]",
-        "7",
-        "direct (memory)",
-        "3.73 GiB",
-        "250 ms",
-        "1.5 s",
-        "",
-        "",
-        "2.00",
-        "",
-    ]
-    assert rows[2] == ["all", "7", "", "7.45 GiB", "250 ms", "1.5 s", "1.6 s", "3 s", "4.00", "50%"]
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "engine-a[1] direct (memory) 3.73 GiB 250 ms 1.5 s 2.00" in rows
+    assert "all 7.45 GiB 250 ms 1.5 s 1.6 s 3 s 4.00 50%" in rows
     assert "version 7: cache recompute, verified by digest, first update" in text
     assert text.count("all bytes lie on this host") == 1
     assert "cast: bfloat16->float32 (311 tensors)" in text

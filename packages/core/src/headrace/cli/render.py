@@ -103,7 +103,6 @@ def _title(report: UpdateReport) -> str:
 
 
 def _worker_row(worker: WorkerReport) -> tuple[str, ...]:
-    speed = worker.num_bytes / worker.commit_s / 1e9 if worker.commit_s else 0.0
     return (
         str(worker.worker),
         _way(worker),
@@ -112,7 +111,7 @@ def _worker_row(worker: WorkerReport) -> tuple[str, ...]:
         format_seconds(worker.commit_s),
         "",
         "",
-        f"{speed:.2f}",
+        f"{worker.gb_per_s:.2f}",
     )
 
 

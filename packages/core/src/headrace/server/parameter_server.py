@@ -244,4 +244,5 @@ def _live_bytes(recipe: LoadRecipe, plan: TransferPlan) -> int:
     copies = plan.apply
     into_live = copies.dst_block < plan.num_targets
     copied = (copies.num_elements * ITEMSIZES[copies.dst_dtype])[into_live].sum()
-    return int(copied) + sum(recipe.sources[int(i)].num_bytes for i in plan.opaque)
+    loaded = sum(recipe.sources.num_bytes[plan.opaque].tolist())
+    return int(copied) + int(loaded)
