@@ -45,6 +45,7 @@ from headrace.transports.tcp_server import TcpServer
 
 logger = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.1
+SETTLE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,9 @@ class Holder:
     def _take(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.CancelBroadcast):
             self._cancel.set()
+        elif isinstance(message, wire.Settle):
+            self._cancel.set()
+            self._work.submit(self._answer, "settle", self._settle, message)
         elif isinstance(message, wire.Broadcast):
             self._cancel.clear()
             self._broadcasts.submit(self._answer, "broadcast", self._broadcast, message)
@@ -162,6 +166,12 @@ class Holder:
             case _:
                 text = f"a holder has no answer to {type(message).__name__}"
                 raise LocalProtocolError(text)
+
+    def _settle(self, message: wire.Settle) -> wire.Settled:
+        """Wait for a cancelled broadcast; the group may be inside a collective that never ends, so it is dropped."""
+        self._group = None
+        self._broadcasts.submit(int).result(SETTLE_S)
+        return wire.Settled(nonce=message.nonce)
 
     def _publish(self, message: wire.Publish) -> wire.Published:
         told = 0.0

@@ -145,6 +145,12 @@ class RingReady(Message, frozen=True):
     signals: SegmentDescriptor
 
 
+class Settled(Message, frozen=True):
+    """A holder does nothing any more of what it was asked before `Settle`."""
+
+    nonce: str
+
+
 class BroadcastDone(Message, frozen=True):
     """A holder has passed every bucket on, and its receivers have taken them."""
 
@@ -185,6 +191,7 @@ class Stage(Message, frozen=True):
     plan: TransferPlan
     holders: tuple[HolderAddress, ...]
     verify: VerifyMode
+    deadline_s: float
     ring: RingAddress | None = None
 
 
@@ -255,6 +262,12 @@ class CancelBroadcast(Message, frozen=True):
     """Stop the running broadcast; the ring is dropped."""
 
 
+class Settle(Message, frozen=True):
+    """End whatever is under way and say so: what was sent before this answer belongs to an update that failed."""
+
+    nonce: str
+
+
 class Release(Message, frozen=True):
     """A version is not needed any more."""
 
@@ -290,6 +303,8 @@ AnyMessage = (
     | Finish
     | Abort
     | Publish
+    | Settle
+    | Settled
     | SumDigests
     | JoinRing
     | Broadcast

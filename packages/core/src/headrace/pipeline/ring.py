@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from headrace.errors import TransferTimeoutError, TransportClosedError
 from headrace.telemetry import Recorder
 
+ALIVE_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class PipelineStage:
@@ -57,8 +59,13 @@ class RingPipeline:
             self._threads.append(thread)
             thread.start()
 
-    def wait_ready(self, bucket: int, deadline_s: float) -> int:
+    def wait_ready(self, bucket: int, deadline_s: float, alive: Callable[[], None] = lambda: None) -> int:
         """Wait until every stage has done `bucket`; returns its slot.
+
+        Args:
+            bucket: Which one.
+            deadline_s: Limit.
+            alive: Called now and then while waiting; may raise to break the wait off.
 
         Raises:
             TransferTimeoutError: Not within the deadline; names the stage that it waits for.
@@ -68,10 +75,11 @@ class RingPipeline:
         with self._changed:
             while self._done[len(self._stages) - 1] <= bucket:
                 self._raise_failure()
+                alive()
                 left = limit - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    self._raise_failure()
+                if left <= 0:
                     raise TransferTimeoutError(self._late(bucket, deadline_s), phase="pipeline")
+                self._changed.wait(min(left, ALIVE_S))
         return bucket % self._depth
 
     def release(self, bucket: int) -> None:

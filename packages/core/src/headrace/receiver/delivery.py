@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from headrace.errors import ApplyError, IntegrityError, TransferTimeoutError
+from headrace.errors import ApplyError, IntegrityError, TransferTimeoutError, TransportClosedError
 from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline, RingSignals
 from headrace.plan import CopyTable, TransferPlan
@@ -176,9 +177,11 @@ class RingDelivery:
         blocks: list[torch.Tensor],
         differences: Differences,
         recorder: Recorder,
+        alive: Callable[[], None],
     ) -> None:
         self._plan = plan
         self._feed = feed
+        self._alive = alive
         self._differences = differences
         self._recorder = recorder
         depth = plan.ring.depth
@@ -200,7 +203,7 @@ class RingDelivery:
         self._pipeline.start()
         ahead = min(self._plan.ring.depth, self._plan.num_buckets)
         if ahead:
-            self._pipeline.wait_ready(ahead - 1, deadline_s)
+            self._pipeline.wait_ready(ahead - 1, deadline_s, self._alive)
 
     def commit(self, deadline_s: float, writing: Callable[[], None], *, compare: bool) -> None:
         """Take bucket after bucket; may be repeated as long as no slot was given back."""
@@ -210,7 +213,7 @@ class RingDelivery:
             if self._released > number:
                 message = "a commit from a reused ring cannot be repeated"
                 raise ApplyError(message, phase="commit", weights_state="mixed")
-            self._pipeline.wait_ready(number, check_deadline(limit, deadline_s))
+            self._pipeline.wait_ready(number, check_deadline(limit, deadline_s), self._alive)
             writing()
             with self._recorder.span("copy", bucket.num_bytes):
                 bucket.live.run()
@@ -223,8 +226,8 @@ class RingDelivery:
     def close(self) -> None:
         """Give all slots back and stop fetching."""
         self._feed.release(self._plan.num_buckets)
-        self._pipeline.close()
         self._feed.close()
+        self._pipeline.close()
         self._buckets = []
 
     def _give_back(self, number: int) -> None:
@@ -262,20 +265,21 @@ def tcp_feed(
 
 
 def broadcast_feed(
-    plan: TransferPlan,
-    ring: torch.Tensor,
-    signals: RingSignals,
-    receiver: int,
-    deadline_s: float,
-    alive: Callable[[], None],
+    plan: TransferPlan, ring: torch.Tensor, signals: RingSignals, receiver: int, deadline_s: float
 ) -> Feed:
     """Return a feed that waits for the broadcasting holder of this host to fill its slots."""
     size = plan.ring.slot_bytes
     slots = [ring[slot * size : (slot + 1) * size] for slot in range(plan.ring.depth)]
+    closed = threading.Event()
+
+    def check_open() -> None:
+        if closed.is_set():
+            raise TransportClosedError("the ring was closed")
+
     return Feed(
         "arrive",
         slots,
-        lambda bucket, _slot: signals.wait_filled(bucket + 1, deadline_s, alive),
+        lambda bucket, _slot: signals.wait_filled(bucket + 1, deadline_s, check_open),
         lambda count: signals.applied(receiver, count),
-        lambda: None,
+        closed.set,
     )

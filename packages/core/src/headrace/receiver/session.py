@@ -13,7 +13,14 @@ import torch
 from headrace import wire
 from headrace.control.dialer import Dialer
 from headrace.digests import digest
-from headrace.errors import ApplyError, HeadraceError, LocalProtocolError, PeerLostError, RemoteFailure
+from headrace.errors import (
+    ApplyError,
+    HeadraceError,
+    LocalProtocolError,
+    PeerLostError,
+    RemoteFailure,
+    TransferTimeoutError,
+)
 from headrace.pipeline import RingSignals
 from headrace.planner import receiver_digests
 from headrace.protocols import Ticket
@@ -34,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PROBE_DEADLINE_S = 2.0
-FETCH_DEADLINE_S = 300.0
 
 
 class Session:
@@ -58,6 +64,7 @@ class Session:
         self._targets: Destinations | None = None
         self._pointers: list[int] = []
         self._verify = "none"
+        self._early: wire.AnyMessage | None = None
         self._handlers: dict[str, dict[type[wire.Message], Callable[..., wire.Message]]] = {
             "enrolled": {wire.Describe: self._describe, wire.Finish: self._finish},
             "described": {wire.Stage: self._stage},
@@ -79,7 +86,8 @@ class Session:
         try:
             dialer.send(self._receiver.hello(self.ticket.update_id, self.ticket.token))
             while self.alive:
-                self._take(dialer, dialer.receive(None))
+                message, self._early = self._early or dialer.receive(None), None
+                self._take(dialer, message)
         except PeerLostError as error:
             logger.warning(
                 "update %s: the updater is gone (%s); %s", self.ticket.update_id, error, self._aftermath()
@@ -153,7 +161,7 @@ class Session:
         targets = self._targets = Destinations.of(recipe, message.plan, self._backend.live_tensors(), device)
         self._pointers = targets.pointers()
         self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
-        self._delivery.stage(FETCH_DEADLINE_S)
+        self._delivery.stage(message.deadline_s)
         self._receiver.keep_mapped(segment.segment_id for segment in message.plan.segments)
         self._state = "staged"
         return wire.Staged(spans=tuple(self._receiver.recorder.drain()))
@@ -169,13 +177,11 @@ class Session:
             ring = borrow(address.holder.unix_socket, address.ring, PROBE_DEADLINE_S)
             signals = borrow(address.holder.unix_socket, address.signals, PROBE_DEADLINE_S, writable=True)
             words = RingSignals(signals.tensor)
-            feed = broadcast_feed(
-                plan, ring.tensor, words, address.slot_index, FETCH_DEADLINE_S, self._check_alive
-            )
+            feed = broadcast_feed(plan, ring.tensor, words, address.slot_index, message.deadline_s)
         else:
             transport = self._receiver.transport(plan.transport)
-            feed = tcp_feed(plan, message.holders, transport, FETCH_DEADLINE_S)
-        return RingDelivery(plan, feed, blocks, differences, recorder)
+            feed = tcp_feed(plan, message.holders, transport, message.deadline_s)
+        return RingDelivery(plan, feed, blocks, differences, recorder, self._check_alive)
 
     def _prepare(self, _message: wire.Prepare) -> wire.Message:
         """Vote: the engine is paused and live tensors lie where the copies were built for."""
@@ -261,8 +267,14 @@ class Session:
         return self._recipe
 
     def _check_alive(self) -> None:
-        if not self.alive:
+        """Break a wait off when the coordinator has more to say, which can only be `Abort`, or is gone."""
+        if not self.alive or self._dialer is None:
             raise PeerLostError("the session ended")
+        try:
+            self._early = self._dialer.receive(0)
+        except TransferTimeoutError:
+            return
+        raise PeerLostError("the coordinator ended the update", phase="stage")
 
     def _aftermath(self) -> str:
         state = self._receiver.weights_state

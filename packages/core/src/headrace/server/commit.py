@@ -53,6 +53,7 @@ class Instance:
         num_receivers: How many must dial in.
         peers: Receivers that have.
         members: Receivers that have said what they need, by rank.
+        feeders: Holders without which the commit cannot end.
         paused: Whether it was paused and not resumed.
         writing: Whether a commit was ordered.
         spoiled: Whether committed bytes were found wrong.
@@ -66,6 +67,7 @@ class Instance:
     num_receivers: int = 0
     peers: list[Peer] = field(default_factory=list)
     members: list[Member] = field(default_factory=list)
+    feeders: Sequence[Peer] = ()
     paused: bool = False
     writing: bool = False
     spoiled: bool = False
@@ -103,22 +105,24 @@ def _commit_ranks(instance: Instance, deadline_s: float) -> None:
     for attempt in range(1, COMMIT_ATTEMPTS + 1):
         for member in todo:
             member.peer.send(wire.Commit(deadline_s=deadline_s))
-        errors = _gather_commits(todo, deadline_s)
+        errors = _gather_commits(todo, deadline_s, instance.feeders)
         if not errors:
             return
-        if attempt == COMMIT_ATTEMPTS or any(peer.lost for peer in instance.peers):
+        if attempt == COMMIT_ATTEMPTS or any(p.lost for p in (*instance.peers, *instance.feeders)):
             instance.spoiled = any(isinstance(error, IntegrityError) for error in errors.values())
             raise _broken(errors, instance)
         logger.warning("commit attempt %d failed, writing again: %s", attempt, next(iter(errors.values())))
         todo = [member for member in todo if member.peer.key in errors]
 
 
-def _gather_commits(members: Sequence[Member], deadline_s: float) -> dict[FailureKey, HeadraceError]:
+def _gather_commits(
+    members: Sequence[Member], deadline_s: float, feeders: Sequence[Peer]
+) -> dict[FailureKey, HeadraceError]:
     errors: dict[FailureKey, HeadraceError] = {}
     limit = time.monotonic() + deadline_s
     for member in members:
         try:
-            answer = member.peer.expect(wire.Committed, limit - time.monotonic(), "commit")
+            answer = member.peer.expect(wire.Committed, limit - time.monotonic(), "commit", feeders)
             _check_sums(member, answer.digests)
         except HeadraceError as error:
             errors[member.peer.key] = error

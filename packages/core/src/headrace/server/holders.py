@@ -125,6 +125,16 @@ class HolderPool:
             if not peer.lost:
                 peer.send(wire.Release(version=version))
 
+    def settle(self, deadline_s: float) -> None:
+        """Wait until no holder works for a failed update any more; end them all if one does not come to rest."""
+        nonce = new_token()
+        for peer in self.peers:
+            peer.send(wire.Settle(nonce=nonce))
+        limit = time.monotonic() + deadline_s
+        if not all(peer.settle(nonce, limit) for peer in self.peers):
+            logger.warning("a holder did not come to rest; the next update starts new ones")
+            self.stop()
+
     def stop(self) -> None:
         """End all holders, whatever state they are in, and remove what they left behind; idempotent."""
         for peer in self.peers:

@@ -28,6 +28,7 @@ from headrace.telemetry import Span
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=wire.Message)
 _POLL_S = 1.0
+WATCH_S = 0.2
 
 
 class Peer:
@@ -41,6 +42,7 @@ class Peer:
         self._hub = hub
         self._inbox: queue.SimpleQueue[wire.AnyMessage | Lost] = queue.SimpleQueue()
         self._lost: Lost | None = None
+        self._kept: wire.BroadcastDone | None = None
 
     @property
     def key(self) -> FailureKey:
@@ -68,31 +70,73 @@ class Peer:
         """Send without waiting."""
         self._hub.send(self.id, message)
 
-    def expect(self, kind: type[M], deadline_s: float, phase: str) -> M:
+    def expect(self, kind: type[M], deadline_s: float, phase: str, watch: Sequence[Peer] = ()) -> M:
         """Wait for the next message and return it, if it is of `kind`.
+
+        A holder's `BroadcastDone` may come while something else is awaited, and is kept.
+
+        Args:
+            kind: What is awaited.
+            deadline_s: Limit.
+            phase: For messages.
+            watch: Peers whose loss ends the wait too, as the answer depends on them.
 
         Raises:
             HeadraceError: The peer's own failure, rebuilt.
-            PeerLostError: The peer died.
+            PeerLostError: The peer, or one of `watch`, died.
             TransferTimeoutError: Nothing came within the deadline.
             RemoteProtocolError: Something else came.
         """
-        if self._lost is not None and self._inbox.empty():
-            raise self._gone(phase)
-        try:
-            message = self._inbox.get(timeout=max(0.0, deadline_s))
-        except queue.Empty:
-            text = f"{_label(self.key)} did not answer within {deadline_s:.1f} s in {phase}"
-            raise TransferTimeoutError(text, phase=phase, rank=self.key[1]) from None
-        if isinstance(message, Lost):
-            raise self._gone(phase)
-        if isinstance(message, wire.Failed):
-            raise message.failure.to_error()
-        self.spans += getattr(message, "spans", ())
-        if not isinstance(message, kind):
-            text = f"{_label(self.key)} sent {type(message).__name__} in {phase}, expected {kind.__name__}"
-            raise RemoteProtocolError(text, phase=phase, rank=self.key[1])
-        return message
+        limit = time.monotonic() + deadline_s
+        while True:
+            message = self._next(kind, limit, watch)
+            if message is None:
+                text = f"{_label(self.key)} did not answer within {deadline_s:.1f} s in {phase}"
+                raise TransferTimeoutError(text, phase=phase, rank=self.key[1])
+            if isinstance(message, Lost):
+                raise self._gone(phase)
+            if isinstance(message, wire.Failed):
+                raise message.failure.to_error()
+            self.spans += getattr(message, "spans", ())
+            if isinstance(message, kind):
+                return message
+            if not isinstance(message, wire.BroadcastDone):
+                text = (
+                    f"{_label(self.key)} sent {type(message).__name__} in {phase}, expected {kind.__name__}"
+                )
+                raise RemoteProtocolError(text, phase=phase, rank=self.key[1])
+            self._kept = message
+
+    def settle(self, nonce: str, limit: float) -> bool:
+        """Drop all that was sent before the answer to `Settle`; False where that does not come."""
+        self._kept = None
+        while not self.lost:
+            message = self._next(wire.Settled, limit, ())
+            if message is None:
+                return False
+            if isinstance(message, wire.Settled) and message.nonce == nonce:
+                return True
+        return False
+
+    def _next(
+        self, kind: type[wire.Message], limit: float, watch: Sequence[Peer]
+    ) -> wire.Message | Lost | None:
+        """Return the next message or `Lost`, or None at the limit."""
+        if isinstance(self._kept, kind):
+            kept, self._kept = self._kept, None
+            return kept
+        while True:
+            if self._lost is not None and self._inbox.empty():
+                return self._lost
+            for other in watch:
+                if other.lost:
+                    raise other._gone("its work for this update")
+            left = limit - time.monotonic()
+            try:
+                return self._inbox.get(timeout=max(0.0, min(left, WATCH_S) if watch else left))
+            except queue.Empty:
+                if limit <= time.monotonic():
+                    return None
 
     def _gone(self, phase: str) -> PeerLostError:
         reason = self._lost.reason if self._lost else "unknown"
@@ -190,8 +234,10 @@ def ask_all(
     return gather(peers, kind, deadline_s, phase)
 
 
-def gather(peers: Sequence[Peer], kind: type[M], deadline_s: float, phase: str) -> dict[FailureKey, M]:
-    """Wait for one answer of every peer, within one deadline.
+def gather(
+    peers: Sequence[Peer], kind: type[M], deadline_s: float, phase: str, watch: Sequence[Peer] = ()
+) -> dict[FailureKey, M]:
+    """Wait for one answer of every peer, within one deadline; the loss of a peer in `watch` ends it for all.
 
     Raises:
         UpdateFailedError: At least one peer failed; holds the failure of every one that did.
@@ -201,7 +247,7 @@ def gather(peers: Sequence[Peer], kind: type[M], deadline_s: float, phase: str) 
     errors: dict[FailureKey, HeadraceError] = {}
     for peer in peers:
         try:
-            answers[peer.key] = peer.expect(kind, limit - time.monotonic(), phase)
+            answers[peer.key] = peer.expect(kind, limit - time.monotonic(), phase, watch)
         except HeadraceError as error:
             errors[peer.key] = error
     if errors:

@@ -33,6 +33,7 @@ from headrace.types import ParamTable
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 FINISH_S = 10.0
+SETTLE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,9 @@ class Update:
             plan = self._kept.planner.plan(manifests, self._needs, self._settings)
         for member, transfer in zip(self.members, plan.receivers, strict=True):
             member.plan = transfer
+        for instance in self.instances:
+            rings = {member.plan.ring.mode for member in instance.members if member.plan}
+            instance.feeders = self._kept.holders.peers if rings & {"overlapped", "serial"} else ()
         return plan
 
     def _stage(self, plan: UpdatePlan, manifests: Sequence[Manifest]) -> None:
@@ -241,11 +245,13 @@ class Update:
                         holders=holders,
                         verify=self._settings.verify,
                         ring=ring,
+                        deadline_s=limits.stage_s,
                     )
                 )
             if self._settings.verify == "digest":
                 self._ask_sums(plan)
-            gather([member.peer for member in self.members], wire.Staged, limits.stage_s, "stage")
+            peers = [member.peer for member in self.members]
+            gather(peers, wire.Staged, limits.stage_s, "stage", watch=self._kept.holders.peers)
 
     def _ask_sums(self, plan: UpdatePlan) -> None:
         """Ask holders for the sums that each receiver must find; receivers with equal needs are asked for once."""
@@ -287,6 +293,7 @@ class Update:
             if not whole:
                 error.weights_state = "mixed"
         self._kept.holders.release(self.version)
+        self._kept.holders.settle(SETTLE_S)
         self._kept.guardian.resumed([instance.target for instance in self.instances if instance.target])
 
     def _each(self, call: Callable[[Instance], T]) -> list[T]:
