@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from secrets import token_hex
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from headrace.errors import ConnectError, HeadraceError, PeerLostError, RemoteFailure, TransferTimeoutError
 from headrace.protocols import InferenceBackend, Ticket
+from headrace.receiver import Receiver
+from headrace.testing.spawning import reference_of, resolve
 from headrace.types import CacheMode, WorkerId
 
 START_S = 60.0
@@ -49,6 +50,7 @@ class BareEngine:
         self.paused = False
         self.pauses = 0
         context = multiprocessing.get_context("spawn")
+        self._enrolling = threading.Lock()
         self._locks = [threading.Lock() for _ in range(world_size)]
         self._ends: list[Connection] = []
         self._processes = []
@@ -57,7 +59,7 @@ class BareEngine:
         try:
             for rank in range(world_size):
                 here, there = context.Pipe()
-                spec = (_reference(factory), WorkerId(self.instance, rank), world_size, args)
+                spec = (reference_of(factory), WorkerId(self.instance, rank), world_size, args)
                 process = context.Process(target=_serve, args=(there, spec), daemon=True)
                 process.start()
                 there.close()
@@ -75,18 +77,19 @@ class BareEngine:
         return [process.pid or 0 for process in self._processes]
 
     def enrol(self, ticket: Ticket) -> None:
-        """Hand a ticket to every worker's receiver."""
-        for rank in range(self.world_size):
-            self._ask(rank, ("enrol", ticket))
+        """Hand a ticket to every worker's receiver; all workers get tickets in the same order."""
+        with self._enrolling:
+            for rank in range(self.world_size):
+                self._ask(rank, ("enrol", ticket))
 
     def call(self, rank: int, function: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401 - what it returns
         """Run a module-level `function(backend, receiver, *args)` in a worker's main thread and return its result."""
-        return self._ask(rank, ("call", _reference(function), args))
+        return self._ask(rank, ("call", reference_of(function), args))
 
     def call_all(self, function: Callable[..., Any], *args: object) -> list[Any]:
         """Run `call` on every rank at the same time."""
         for rank in range(self.world_size):
-            self._ends[rank].send(("call", _reference(function), args))
+            self._ends[rank].send(("call", reference_of(function), args))
         return [self._take(rank, START_S) for rank in range(self.world_size)]
 
     def kill(self, rank: int) -> None:
@@ -190,40 +193,13 @@ def weights_state(_backend: InferenceBackend, receiver: Any) -> str:  # noqa: AN
     return str(receiver.weights_state)
 
 
-def _reference(function: Callable[..., Any]) -> tuple[str, str, str]:
-    return (function.__module__, function.__code__.co_filename, function.__qualname__)
-
-
-def _resolve(reference: tuple[str, str, str]) -> Callable[..., Any]:
-    """Find a function in its module, or in its file where the module cannot be imported by name (tests)."""
-    module_name, file, qualname = reference
-    found = sys.modules.get(module_name)
-    if found is None or not hasattr(found, qualname):
-        alias = f"_spawned_{Path(file).stem}"
-        found = sys.modules.get(alias)
-        if found is None:
-            spec = importlib.util.spec_from_file_location(alias, file)
-            if spec is None or spec.loader is None:
-                message = f"{file} cannot be imported"
-                raise ConnectError(message, name=file)
-            found = importlib.util.module_from_spec(spec)
-            sys.modules[alias] = found
-            spec.loader.exec_module(found)
-    function: Callable[..., Any] = getattr(found, qualname)
-    return function
-
-
 def _serve(end: Connection, spec: tuple[Any, ...]) -> None:
     """Be a worker: make the backend and its receiver, obey until told to leave or the engine is gone."""
-    import torch
-
-    from headrace.receiver import Receiver
-
     logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "ERROR"))
     torch.set_num_threads(1)
     reference, worker, world_size, args = spec
     try:
-        backend = _resolve(reference)(worker, world_size, *args)
+        backend = resolve(reference)(worker, world_size, *args)
         receiver = Receiver(backend)
         end.send(("ok", None))
         while (command := end.recv())[0] != "exit":
@@ -240,6 +216,6 @@ def _obey(command: tuple[Any, ...], backend: InferenceBackend, receiver: Any) ->
     try:
         if command[0] == "enrol":
             return ("ok", receiver.enrol(command[1]))
-        return ("ok", _resolve(command[1])(backend, receiver, *command[2]))
+        return ("ok", resolve(command[1])(backend, receiver, *command[2]))
     except Exception as error:  # noqa: BLE001 - the rank boundary
         return ("failed", RemoteFailure.of(error))

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from headrace.errors import ApplyError
 from headrace.protocols import NamedTensors, Skeleton, WorkerIdentity
+from headrace.receiver.blocks import write_fills
 from headrace.recipe import LoadRecipe
+from headrace.recording import whole_tensors
+from headrace.store.checkpoint import CheckpointSource
 from headrace.types import ITEMSIZES, WorkerId
 
 
@@ -54,7 +58,8 @@ class RecipeBackend:
     def skeleton(self) -> Skeleton:
         """The same tensors on the meta device, and the same loader."""
         meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._live.items()}
-        return Skeleton(meta, lambda pairs: self._load_into(meta, pairs))
+        recipe = self._recipe
+        return Skeleton(meta, lambda pairs: write_recipe(recipe, meta, pairs))
 
     def loaded_from(self) -> str | None:
         """The folder given at the start."""
@@ -63,7 +68,7 @@ class RecipeBackend:
     def load(self, pairs: NamedTensors) -> None:
         """Copy every source's regions to where the recipe says."""
         with torch.no_grad():
-            self._load_into(self._live, pairs)
+            write_recipe(self._recipe, self._live, pairs)
 
     def begin_reload(self) -> None:
         """Nothing: weights keep their loader's layout."""
@@ -102,9 +107,6 @@ class RecipeBackend:
         self.version = version
 
     def _load_checkpoint(self, folder: str) -> None:
-        from headrace.recording import whole_tensors
-        from headrace.store.checkpoint import CheckpointSource
-
         source = CheckpointSource(folder)
         try:
             read = whole_tensors(source)
@@ -112,24 +114,24 @@ class RecipeBackend:
         finally:
             source.close()
 
-    def _load_into(self, tensors: Mapping[str, torch.Tensor], pairs: NamedTensors) -> None:
-        recipe = self._recipe
-        regions, item = recipe.regions, ITEMSIZES[recipe.targets.dtype_codes]
-        for name, source in pairs:
-            index = recipe.sources.index_of(name)
-            for row in np.flatnonzero(regions.param == index) if index is not None else ():
-                block = int(regions.block[row])
-                part = source
-                for dim in range(source.dim()):
-                    part = part.narrow(dim, int(regions.offsets[row, dim]), int(regions.shape[row, dim]))
-                strides = (regions.strides[row, : source.dim()] // item[block]).tolist()
-                target = tensors[recipe.targets[block].name]
-                target.as_strided(part.shape, strides, int(regions.base[row] // item[block])).copy_(part)
-        self._fill(tensors)
 
-    def _fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        fills = self._recipe.fills
-        for row in range(len(fills)):
-            target = tensors[self._recipe.targets[int(fills.block[row])].name]
-            shape, strides = fills.shape[row].tolist(), fills.strides[row].tolist()
-            target.as_strided(shape, strides, int(fills.base[row])).fill_(float(fills.value[row]))
+def write_recipe(recipe: LoadRecipe, live: Mapping[str, torch.Tensor], pairs: NamedTensors) -> None:
+    """Do in the plainest way what a recipe says: copy every source's regions into `live`, write the fills."""
+    regions, item = recipe.regions, ITEMSIZES[recipe.targets.dtype_codes]
+    for name, source in pairs:
+        index = recipe.sources.index_of(name)
+        if index is None:
+            continue
+        if tuple(source.shape) != recipe.sources[index].shape:
+            message = f"{name} has shape {tuple(source.shape)}, the engine needs {recipe.sources[index].shape}"
+            raise ApplyError(message, name=name, phase="load")
+        for row in np.flatnonzero(regions.param == index):
+            block = int(regions.block[row])
+            part = source
+            for dim in range(source.dim()):
+                part = part.narrow(dim, int(regions.offsets[row, dim]), int(regions.shape[row, dim]))
+            strides = (regions.strides[row, : source.dim()] // item[block]).tolist()
+            target = live[recipe.targets[block].name]
+            base = target.storage_offset() + int(regions.base[row] // item[block])
+            target.as_strided(part.shape, strides, base).copy_(part)
+    write_fills(recipe.fills, [live[meta.name] for meta in recipe.targets])

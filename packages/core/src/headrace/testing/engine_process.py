@@ -1,0 +1,197 @@
+"""EngineProcess: `headrace engine` as a real server in a process of its own, and streaming clients of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from headrace.errors import ConnectError
+
+START_S = 60.0
+_STOP_S = 15.0
+
+
+class EngineProcess:
+    """An embedded engine with an HTTP server, ready when constructed. Use as a context.
+
+    Args:
+        model: Folder of the model.
+        tp: Worker processes.
+        options: Further options of `headrace engine`.
+        environment: Variables of the engine beside this process's own.
+        wait: Whether to wait until it is ready.
+        port: Port to listen on; None takes a free one.
+
+    Attributes:
+        url: Its base URL.
+        target: What `--to` and `ParameterServer.update` take.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        tp: int = 1,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        wait: bool = True,
+        port: int | None = None,
+    ) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.target = f"torch={self.url}"
+        command = [sys.executable, "-m", "headrace", "engine", "--model", str(model), "--tp", str(tp)]
+        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [*command, "--port", str(self.port), *options],
+            stdout=subprocess.DEVNULL,
+            env=os.environ | quiet | (environment or {}),
+        )
+        self._client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self, deadline_s: float = START_S) -> None:
+        """Wait until it answers requests.
+
+        Raises:
+            ConnectError: It ended, or is not ready within the deadline.
+        """
+        limit = time.monotonic() + deadline_s
+        while time.monotonic() < limit and self.process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if self._client.get("/health").is_success:
+                    return
+            time.sleep(0.05)
+        self.close()
+        message = f"the engine at {self.url} was not ready within {deadline_s:g} s"
+        raise ConnectError(message, name=self.url)
+
+    def health(self) -> dict[str, Any]:
+        """Return what `/health` says, also where the engine has failed."""
+        return dict(self._client.get("/health").json())
+
+    def status(self) -> dict[str, Any]:
+        """Return what `/headrace/status` says."""
+        return dict(self._client.get("/headrace/status").json())
+
+    def fingerprints(self) -> list[dict[str, str]]:
+        """Return sha256 of every live tensor's shard, by rank."""
+        ranks = self._client.get("/headrace/fingerprints").json()["ranks"]
+        return [{entry["name"]: entry["sha256"] for entry in rank["tensors"]} for rank in ranks]
+
+    def worker_pids(self) -> list[int]:
+        """Return the workers' process ids, by rank."""
+        return [rank["pid"] for rank in self.status()["ranks"]]
+
+    def kill_worker(self, rank: int) -> None:
+        """SIGKILL one worker."""
+        os.kill(self.worker_pids()[rank], signal.SIGKILL)
+
+    def close(self) -> None:
+        """End it; idempotent."""
+        self._client.close()
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stream:
+    """Requests one after another, read by a thread without end; use as a context.
+
+    Attributes:
+        arrivals_s: When each token came, on the monotonic clock.
+        versions: Which version each token says it is of.
+        error: How the stream ended before its time, if it did.
+    """
+
+    def __init__(self, url: str, max_tokens: int = 1500) -> None:
+        self.arrivals_s: list[float] = []
+        self.versions: list[int | None] = []
+        self.error: str | None = None
+        self._stop = threading.Event()
+        self._body = {
+            "prompt": "the river", "max_tokens": max_tokens, "temperature": 0, "stream": True, "ignore_eos": True
+        }  # fmt: skip
+        self._url = url
+        self._thread = threading.Thread(target=self._read, name="stream", daemon=True)
+
+    def wait_tokens(self, count: int, deadline_s: float = 20.0) -> None:
+        """Wait until `count` more tokens have come.
+
+        Raises:
+            ConnectError: They did not; says how the stream ended.
+        """
+        wanted, limit = len(self.arrivals_s) + count, time.monotonic() + deadline_s
+        while len(self.arrivals_s) < wanted:
+            if time.monotonic() > limit or not self._thread.is_alive():
+                message = f"{len(self.arrivals_s)} of {wanted} tokens came, then: {self.error}"
+                raise ConnectError(message, name=self._url)
+            time.sleep(0.005)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+    def _read(self) -> None:
+        try:
+            with httpx.Client(timeout=30, trust_env=False) as client:
+                while not self._stop.is_set() and self.error is None:
+                    self._request(client)
+        except httpx.HTTPError as error:
+            self.error = f"{type(error).__name__}: {error}"
+
+    def _request(self, client: httpx.Client) -> None:
+        with client.stream("POST", f"{self._url}/v1/completions", json=self._body) as response:
+            if not response.is_success:
+                self.error = f"HTTP {response.status_code}"
+            for line in response.iter_lines():
+                if self._stop.is_set():
+                    return
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        if not line.startswith("data: {"):
+            return
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            self.error = event["error"]["message"]
+            return
+        choice = event["choices"][0]
+        for _ in choice["token_ids"]:
+            self.arrivals_s.append(time.monotonic())
+            self.versions.append(choice["weight_version"])
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
