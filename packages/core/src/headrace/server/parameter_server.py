@@ -5,31 +5,32 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from headrace import wire
 from headrace.config import HostSettings, UpdateSettings, host_settings
 from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
-from headrace.plan import TransferPlan
 from headrace.planner import Planner, casts
 from headrace.protocols import EngineControl, WeightSource
-from headrace.recipe import LoadRecipe
 from headrace.registry import engine_control
 from headrace.report import UpdateReport, WorkerReport
 from headrace.server.broadcast import RingHost
 from headrace.server.commit import Member
 from headrace.server.guardian import Guardian
 from headrace.server.holders import HolderPool, ProgressCallback, SourceSpec
+from headrace.server.plan_report import PlanReport, live_bytes, plan_report
 from headrace.server.switchboard import Switchboard
 from headrace.server.torchrun import Launch
 from headrace.server.update import Kept, Update
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Span
-from headrace.types import ITEMSIZES
+from headrace.types import WorkerId
 
 if TYPE_CHECKING:
     import torch
@@ -105,21 +106,35 @@ class ParameterServer:
             HeadraceError: It failed; `weights_state` says what the engines hold now.
         """
         settings = settings or UpdateSettings(**choices)  # type: ignore[arg-type]
-        if not self._busy.acquire(blocking=False):
-            raise LocalProtocolError("this parameter server is already updating", retryable=True)
-        targets = [to] if isinstance(to, str | EngineControl) else list(to)
-        if not targets:
-            self._busy.release()
-            raise ConfigError("an update needs at least one engine", name="to")
-        controls: list[tuple[EngineControl, str | None]] = []
-        try:
-            controls += map(self._control, targets)
+        with self._controls(to) as controls:
+            if any(target for _, target in controls):
+                self._kept.guardian.start()
             return self._run(controls, settings, progress or _quiet)
-        finally:
-            for control, own in controls:
-                if own:
-                    control.close()
-            self._busy.release()
+
+    def plan(
+        self,
+        to: Target | Sequence[Target],
+        settings: UpdateSettings | None = None,
+        *,
+        progress: ProgressCallback | None = None,
+    ) -> PlanReport:
+        """Return what `update` would do, and why: the source is read, workers say what they need, nothing moves.
+
+        Blocking, with the deadlines of an update. No engine is paused or changed; holders stay for an update.
+
+        Raises:
+            HeadraceError: The update would fail for this reason.
+        """
+        chosen = settings or UpdateSettings()
+        with self._controls(to) as controls:
+            update = self._make(controls, chosen, progress or _quiet)
+            try:
+                plan, manifests = update.plan_only()
+            finally:
+                self._drop_broken_holders()
+            recipes = [(_worker_of(member), member.recipe) for member in update.members]
+            seconds = {span.name: span.duration_s for span in update.recorder.spans}
+            return plan_report(manifests, recipes, plan, version=update.version, plan_s=seconds["plan"])
 
     def close(self) -> None:
         """End holders, guardian and sockets; idempotent."""
@@ -136,13 +151,38 @@ class ParameterServer:
     ) -> None:
         self.close()
 
-    def _control(self, target: Target) -> tuple[EngineControl, str | None]:
-        """Return a control and, where we made it, the name by which a guardian can make it too."""
-        if not isinstance(target, str):
-            return target, None
-        control = engine_control(target)
-        self._kept.guardian.start()
-        return control, target
+    @contextmanager
+    def _controls(self, to: Target | Sequence[Target]) -> Iterator[list[tuple[EngineControl, str | None]]]:
+        """Yield a control per target and, where we made it, the name by which a guardian can make it too.
+
+        Raises:
+            LocalProtocolError: This parameter server is at work.
+            ConfigError: There is no target.
+        """
+        targets = [to] if isinstance(to, str | EngineControl) else list(to)
+        if not targets:
+            raise ConfigError("an update needs at least one engine", name="to")
+        if not self._busy.acquire(blocking=False):
+            raise LocalProtocolError("this parameter server is already updating", retryable=True)
+        controls: list[tuple[EngineControl, str | None]] = []
+        try:
+            for target in targets:
+                pair = (engine_control(target), target) if isinstance(target, str) else (target, None)
+                controls.append(pair)
+            yield controls
+        finally:
+            for control, name in controls:
+                if name:
+                    control.close()
+            self._busy.release()
+
+    def _make(
+        self,
+        controls: Sequence[tuple[EngineControl, str | None]],
+        settings: UpdateSettings,
+        progress: ProgressCallback,
+    ) -> Update:
+        return Update(self._kept, controls, settings, self._source.metadata, self._num_holders, progress)
 
     def _run(
         self,
@@ -151,7 +191,7 @@ class ParameterServer:
         progress: ProgressCallback,
     ) -> UpdateReport:
         begin = time.monotonic()
-        update = Update(self._kept, controls, settings, self._source.metadata, self._num_holders, progress)
+        update = self._make(controls, settings, progress)
         try:
             update.run()
         except HeadraceError:
@@ -220,17 +260,17 @@ def _worker_report(member: Member) -> WorkerReport:
     def seconds(*names: str) -> float:
         return sum(span.duration_s for span in member.peer.spans if span.name in names)
 
-    hello, plan = member.peer.hello, member.plan
-    if plan is None or not hasattr(hello, "worker"):
+    plan = member.plan
+    if plan is None:
         raise LocalProtocolError("a finished update has a plan for every receiver")
     return WorkerReport(
-        worker=hello.worker,
+        worker=_worker_of(member),
         route=plan.route,
         transport=plan.transport,
         why=plan.why,
         ring=f"{plan.ring.mode}: {plan.ring.why}",
         num_bytes=plan.num_bytes,
-        live_bytes=_live_bytes(member.recipe, plan),
+        live_bytes=live_bytes(member.recipe, plan),
         opaque_names=tuple(member.recipe.sources[int(i)].name for i in plan.opaque),
         casts=casts(member.recipe),
         stage_s=seconds("map", "build", "stage"),
@@ -239,10 +279,8 @@ def _worker_report(member: Member) -> WorkerReport:
     )
 
 
-def _live_bytes(recipe: LoadRecipe, plan: TransferPlan) -> int:
-    """Return what the plan's copies write into live tensors, and what the loader is given for the others."""
-    copies = plan.apply
-    into_live = copies.dst_block < plan.num_targets
-    copied = (copies.num_elements * ITEMSIZES[copies.dst_dtype])[into_live].sum()
-    loaded = sum(recipe.sources.num_bytes[plan.opaque].tolist())
-    return int(copied) + int(loaded)
+def _worker_of(member: Member) -> WorkerId:
+    hello = member.peer.hello
+    if not isinstance(hello, wire.ReceiverHello):
+        raise LocalProtocolError("a member of an update is a receiver")
+    return hello.worker

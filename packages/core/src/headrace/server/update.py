@@ -95,15 +95,36 @@ class Update:
         Raises:
             HeadraceError: It failed; the message and `weights_state` say what is served now.
         """
-        try:
+        with self._ending():
             peers = self._enrol()
             manifests = self._publish(len(peers))
             self._describe(peers, manifests)
             self._stage(self._make_plan(manifests), manifests)
             self._commit()
+
+    def plan_only(self) -> tuple[UpdatePlan, list[Manifest]]:
+        """Go as far as the plan, then have everyone forget it: nothing is staged, no engine is paused.
+
+        Raises:
+            HeadraceError: The update would fail for this reason.
+        """
+        with self._ending():
+            peers = self._enrol()
+            manifests = self._publish(len(peers))
+            self._describe(peers, manifests)
+            plan = self._make_plan(manifests)
+            self._take_back(HeadraceError("only the plan was asked for"))
+            return plan, manifests
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Take everything back if the body fails, and let go of the receivers in any case."""
+        try:
+            yield
         except HeadraceError as error:
             error.update_id, error.weight_version = self.id, self.version
-            self._abort(error)
+            logger.info("update %s failed: %s", self.id, error)
+            self._take_back(error)
             raise
         finally:
             self._kept.switchboard.forget([peer for instance in self.instances for peer in instance.peers])
@@ -283,9 +304,8 @@ class Update:
         if self._broadcast is not None:
             self._broadcast.finish(FINISH_S)
 
-    def _abort(self, error: HeadraceError) -> None:
+    def _take_back(self, error: HeadraceError) -> None:
         """Have everyone forget the update, and resume what was paused and is whole."""
-        logger.info("update %s failed: %s", self.id, error)
         if self._broadcast is not None:
             self._broadcast.cancel()
         for instance in self.instances:
