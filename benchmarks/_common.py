@@ -54,7 +54,9 @@ class Section:
 
     def show(self, console: Console) -> None:
         """Print it."""
-        table = Table(title=self.title, title_justify="left", caption="\n".join(self.notes), caption_justify="left")
+        table = Table(
+            title=self.title, title_justify="left", caption="\n".join(self.notes), caption_justify="left"
+        )
         for number, column in enumerate(self.columns):
             table.add_column(column, justify="right" if number else "left")
         for row in self.rows:
@@ -64,13 +66,21 @@ class Section:
     def markdown(self) -> str:
         """Return it as a table of a Markdown page."""
         rule = ("---", *("---:" for _ in self.columns[1:]))
-        lines = [f"**{self.title}**", "", *("| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows))]
+        lines = [
+            f"**{self.title}**",
+            "",
+            *("| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows)),
+        ]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
 
 def commit_seconds(report: UpdateReport) -> float:
     """Return the slowest worker's time from taking `Commit` to having its answer ready, checks included."""
-    return max(_commit_of(spans) for spans in by_track(report.spans).values() if any(s.name == "commit" for s in spans))
+    return max(
+        _commit_of(spans)
+        for spans in by_track(report.spans).values()
+        if any(s.name == "commit" for s in spans)
+    )
 
 
 def _commit_of(spans: Sequence[Span]) -> float:

@@ -19,7 +19,7 @@ _MATRIX_COLUMNS = 1024
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its shape, or as `num_matrices` equal matrices of `num_bytes` together, half of them cut by columns."""
+    """A model by its shape, or as equal matrices of `num_bytes` together; workers cut every other one by columns."""
 
     name: str
     shape: ModelShape | None = None
@@ -30,17 +30,23 @@ class Model:
         """Return its checkpoint parameters."""
         if self.shape is None:
             return ParamTable(self._matrix(i) for i in range(self.num_matrices))
-        return ParamTable(m for m in params_of(self.shape) if not (self.shape.tied and m.name == "lm_head.weight"))
+        return ParamTable(
+            m for m in params_of(self.shape) if not (self.shape.tied and m.name == "lm_head.weight")
+        )
 
     def recipe(self, world_size: int, rank: int) -> LoadRecipe:
         """Return what a tensor-parallel engine's loader does with it."""
         kv_heads = self.shape.kv_heads if self.shape else 0
-        return tp_recipe(self.params(), world_size, rank, kv_heads=kv_heads, tied=bool(self.shape and self.shape.tied))
+        return tp_recipe(
+            self.params(), world_size, rank, kv_heads=kv_heads, tied=bool(self.shape and self.shape.tied)
+        )
 
     def _matrix(self, index: int) -> ParamMeta:
         module = "down_proj" if index % 2 else "up_proj"
         rows = self.num_bytes // self.num_matrices // _MATRIX_COLUMNS // 2 // NUM_WORKERS * NUM_WORKERS
-        return ParamMeta(f"model.layers.{index // 2}.mlp.{module}.weight", "bfloat16", (rows, _MATRIX_COLUMNS))
+        return ParamMeta(
+            f"model.layers.{index // 2}.mlp.{module}.weight", "bfloat16", (rows, _MATRIX_COLUMNS)
+        )
 
 
 DENSE = Model("Qwen3-0.6B", QWEN3_06B)
@@ -64,7 +70,9 @@ def make_tensors(model: Model, seed: int = 7) -> dict[str, torch.Tensor]:
     """Return a source's tensors with random bits."""
     make = torch.Generator().manual_seed(seed)
     return {
-        m.name: torch.randint(-(2**15), 2**15, m.shape, dtype=torch.int16, generator=make).view(torch.bfloat16)
+        m.name: torch.randint(-(2**15), 2**15, m.shape, dtype=torch.int16, generator=make).view(
+            torch.bfloat16
+        )
         for m in model.params()
     }
 

@@ -82,11 +82,16 @@ def measure(model: Model, modes: Sequence[str], repeats: int, step: Step) -> lis
         SystemExit: The workers do not hold the source's bytes in the end.
     """
     tensors = make_tensors(model)
-    with BareEngine(worker_backend, NUM_WORKERS, model, 4 << 30) as engine, ParameterServer(tensors=tensors) as server:
+    with (
+        BareEngine(worker_backend, NUM_WORKERS, model, 4 << 30) as engine,
+        ParameterServer(tensors=tensors) as server,
+    ):
         server.update(engine.control, route="direct", verify="none")
         num_bytes = server.update(engine.control, route="direct", verify="none").num_bytes
         with PlainCopy(engine, num_bytes // NUM_WORKERS) as plain:
-            results = [_measure_mode(model, mode, repeats, (engine, server, plain, tensors), step) for mode in modes]
+            results = [
+                _measure_mode(model, mode, repeats, (engine, server, plain, tensors), step) for mode in modes
+            ]
         for rank, found in enumerate(engine.call_all(checksum)):
             if found != expected_checksum(model, rank, tensors):
                 raise SystemExit(f"{model.name}: worker {rank} does not hold the source's bytes")
@@ -140,7 +145,9 @@ def _models_section(results: Sequence[Result]) -> Section:
 def _growth_section(results: Sequence[Result]) -> Section:
     grew = results[-1].commit.median / results[0].commit.median - 1
     note = f"To reach: at most {TARGET_GROWTH:.0%} from the first row to the last. Reached: {grew:+.0%}."
-    return Section("growth", "direct, equal bytes in more tensors", COLUMNS, tuple(r.row() for r in results), (note,))
+    return Section(
+        "growth", "direct, equal bytes in more tensors", COLUMNS, tuple(r.row() for r in results), (note,)
+    )
 
 
 def main() -> None:

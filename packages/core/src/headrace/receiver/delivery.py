@@ -57,8 +57,14 @@ class _Bucket:
 
 
 def _bucket(
-    plan: TransferPlan, number: int, sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]
+    plan: TransferPlan,
+    number: int,
+    sources: Sequence[torch.Tensor],
+    blocks: list[torch.Tensor],
+    *,
+    undisturbed: bool,
 ) -> _Bucket:
+    """Bind one bucket's copies; `undisturbed` if nothing is fetched while they run."""
     begin, end = int(plan.apply_starts[number]), int(plan.apply_starts[number + 1])
     is_opaque = plan.apply.dst_block[begin:end] >= plan.num_targets
     rows = np.arange(begin, end)
@@ -66,7 +72,7 @@ def _bucket(
     table = plan.apply.take(live)
     return _Bucket(
         opaque=CopyProgram(plan.apply.take(rows[is_opaque]), sources, blocks),
-        live=CopyProgram(table, sources, blocks),
+        live=CopyProgram(table, sources, blocks, undisturbed=undisturbed),
         live_rows=live,
         num_bytes=_live_bytes(table),
     )
@@ -128,7 +134,8 @@ class DirectDelivery:
         sources = [self._transport.mapped(segment.segment_id) for segment in self._plan.segments]
         with self._recorder.span("build"):
             self._buckets = [
-                _bucket(self._plan, b, sources, self._blocks) for b in range(self._plan.num_buckets)
+                _bucket(self._plan, b, sources, self._blocks, undisturbed=True)
+                for b in range(self._plan.num_buckets)
             ]
         with self._recorder.span("stage"):
             for bucket in self._buckets:
@@ -185,7 +192,11 @@ class RingDelivery:
         self._differences = differences
         self._recorder = recorder
         depth = plan.ring.depth
-        self._buckets = [_bucket(plan, b, [feed.slots[b % depth]], blocks) for b in range(plan.num_buckets)]
+        staged = depth >= plan.num_buckets
+        self._buckets = [
+            _bucket(plan, b, [feed.slots[b % depth]], blocks, undisturbed=staged)
+            for b in range(plan.num_buckets)
+        ]
         self._pipeline = RingPipeline(
             [
                 PipelineStage(feed.name, feed.fetch),

@@ -1,8 +1,8 @@
-"""A copy table bound to memory: views made once, then one batched call per run."""
+"""A copy table bound to memory: addresses and views made once, then few calls per run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 
 from headrace.errors import PlanError
 from headrace.plan import CopyTable
+from headrace.transports.moves import Moves
 from headrace.transports.rows import Mask, Rows
-from headrace.types import DTYPES, I64, ITEMSIZES, U8, dtype_code
+from headrace.types import DTYPES, I32, I64, ITEMSIZES, U8, dtype_code
 
 _TORCH = [getattr(torch, dtype.name) for dtype in DTYPES]
 _BITS_CODE: U8 = np.array(
@@ -50,20 +51,37 @@ class CopyProgram:
         sources: Flat uint8 blocks that `src_block` indexes.
         destinations: What `dst_block` indexes: flat uint8 blocks, or tensors of the row's `dst_dtype` whose
             bytes are counted from their first element (parameters, inference tensors, non-contiguous ones).
+        undisturbed: Take the quickest way where no other Python thread of this process has work to do, as in a
+            pause: dense rows of host memory move in pieces of the size that processors like best, and the
+            interpreter lock is kept. Otherwise one call does it all, without the lock.
 
     Raises:
         PlanError: A row reaches outside its memory, or a destination has another dtype.
     """
 
     def __init__(
-        self, copies: CopyTable, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]
+        self,
+        copies: CopyTable,
+        sources: Sequence[torch.Tensor],
+        destinations: Sequence[torch.Tensor],
+        *,
+        undisturbed: bool = False,
     ) -> None:
         rows = np.flatnonzero(copies.num_elements)
         copies = copies.take(rows)
         _check_dtypes(copies, destinations)
+        source = _Side.of(Rows.sources(copies), sources, "source")
+        target = _Side.of(Rows.destinations(copies), destinations, "destination")
+        moved = np.full(len(rows), undisturbed) & (copies.src_dtype == copies.dst_dtype)
+        moved &= source.plain & target.plain
+        self._moves = Moves(target.addresses(moved), source.addresses(moved), source.num_bytes(moved))
+        self._moved_rows = rows[moved]
+        self._memory = (tuple(sources), tuple(destinations))
+        self._bind(copies.take(~moved), source.take(~moved), target.take(~moved), rows[~moved])
+
+    def _bind(self, copies: CopyTable, source: _Side, target: _Side, rows: I64) -> None:
+        """Make the views of what torch copies."""
         with torch.inference_mode():
-            source = _Side(Rows.sources(copies), sources, "source")
-            target = _Side(Rows.destinations(copies), destinations, "destination")
             exact = copies.src_dtype == copies.dst_dtype
             even = source.aligned & target.aligned
             bits = np.where(exact, _BITS_CODE[copies.src_dtype], copies.src_dtype).astype(np.uint8)
@@ -86,6 +104,7 @@ class CopyProgram:
 
     def run(self) -> None:
         """Copy everything once; blocking for host memory, on the current stream for device memory."""
+        self._moves.run()
         with torch.inference_mode():
             if self._destinations:
                 torch._foreach_copy_(self._destinations, self._sources)
@@ -105,19 +124,42 @@ class CopyProgram:
                 )
                 for u in self._casts
             ]
-        return sorted(row for row, equal in zip(self._rows, same, strict=True) if not equal)
+        different = [row for row, equal in zip(self._rows, same, strict=True) if not equal]
+        return sorted(different + self._moved_rows[self._moves.differences()].tolist())
 
 
 class _Side:
     """One side of the copies as views of torch storages."""
 
-    def __init__(self, rows: Rows, blocks: Sequence[torch.Tensor], side: str) -> None:
-        offsets = [block.storage_offset() * block.element_size() for block in blocks]
-        rows.check([addressable_bytes(block) for block in blocks], side)
-        begin = np.array([*offsets, 0], np.int64)[rows.block]
-        self._rows = Rows(rows.block, rows.base + begin, rows.strides, rows.shape, rows.dtype)
+    def __init__(self, rows: Rows, blocks: Sequence[torch.Tensor]) -> None:
+        self._rows = rows
         self._blocks = blocks
         self._typed: dict[tuple[int, int], torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, rows: Rows, blocks: Sequence[torch.Tensor], side: str) -> _Side:
+        """Check that every row lies inside its block, and count its bytes from the block's storage."""
+        rows.check(_per_block(rows.block, blocks, addressable_bytes).tolist(), side)
+        begin = _per_block(rows.block, blocks, _first_byte)[rows.block]
+        return cls(Rows(rows.block, rows.base + begin, rows.strides, rows.shape, rows.dtype), blocks)
+
+    def take(self, rows: Mask) -> _Side:
+        return _Side(self._rows.take(rows), self._blocks)
+
+    @property
+    def plain(self) -> Mask:
+        """Whether a row is dense and lies in host memory, shape (N,)."""
+        on_host = _per_block(self._rows.block, self._blocks, lambda block: block.device.type == "cpu")
+        return np.asarray(self._rows.dense & (on_host[self._rows.block] != 0))
+
+    def addresses(self, rows: Mask) -> I64:
+        """Return where the chosen rows begin in this process's memory."""
+        chosen = self._rows.take(rows)
+        begin = _per_block(chosen.block, self._blocks, lambda block: block.untyped_storage().data_ptr())
+        return np.asarray(begin[chosen.block] + chosen.base)
+
+    def num_bytes(self, rows: Mask) -> I64:
+        return self._rows.take(rows).num_bytes
 
     @property
     def aligned(self) -> Mask:
@@ -149,6 +191,19 @@ class _Side:
         return found
 
 
+def _per_block(used: I32, blocks: Sequence[torch.Tensor], fact: Callable[[torch.Tensor], int]) -> I64:
+    """Return a fact of each used block, 0 for the others: a model has thousands, a bucket uses few."""
+    found = np.zeros(len(blocks), np.int64)
+    for block in np.unique(used).tolist():
+        if 0 <= block < len(blocks):
+            found[block] = fact(blocks[block])
+    return found
+
+
+def _first_byte(block: torch.Tensor) -> int:
+    return int(block.storage_offset()) * block.element_size()
+
+
 def _as_strided(bases: list[torch.Tensor], shape: I64, strides: I64, offsets: I64) -> list[torch.Tensor]:
     return list(map(torch.as_strided, bases, shape.tolist(), strides.tolist(), offsets.tolist()))
 
@@ -166,9 +221,10 @@ def is_flat(block: torch.Tensor) -> bool:
 
 
 def _check_dtypes(copies: CopyTable, destinations: Sequence[torch.Tensor]) -> None:
-    for index, block in enumerate(destinations):
-        if is_flat(block):
+    for index in np.unique(copies.dst_block).tolist():
+        if not 0 <= index < len(destinations) or is_flat(destinations[index]):
             continue
+        block = destinations[index]
         codes = {_TORCH[code] for code in copies.dst_dtype[copies.dst_block == index].tolist()}
         if codes - {block.dtype}:
             named = ", ".join(sorted(str(code) for code in codes))
