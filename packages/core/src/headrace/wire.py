@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_origin
+from typing import Any, get_origin
 
 import msgspec
 import numpy as np
@@ -21,7 +21,6 @@ from headrace.telemetry import Span
 from headrace.types import DTYPES, ParamMeta, ParamTable, VerifyMode, WorkerId
 
 PROTOCOL_VERSION = 1
-T = TypeVar("T")
 _HEADER = struct.Struct("<4sH")
 _MAGIC = b"HDRC"
 
@@ -392,24 +391,6 @@ def decode(frames: Sequence[bytes]) -> AnyMessage:
         raise RemoteProtocolError(message) from error
 
 
-def encode_array_struct(value: object) -> bytes:
-    """Return a dataclass of tables (a recipe, a plan) as msgpack bytes, for files and digests."""
-    return _encoder.encode(value)
-
-
-def decode_array_struct(data: bytes, kind: type[T]) -> T:
-    """Return what `encode_array_struct` wrote.
-
-    Raises:
-        RemoteProtocolError: The bytes are damaged.
-    """
-    try:
-        return msgspec.msgpack.decode(data, type=kind, dec_hook=_from_builtins)
-    except (msgspec.DecodeError, ValueError, TypeError, IndexError) as error:
-        message = f"damaged {kind.__name__}: {error}"
-        raise RemoteProtocolError(message) from error
-
-
 __all__ = [
     name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)
 ]
@@ -417,7 +398,5 @@ __all__ += [
     "PROTOCOL_VERSION",
     "RingAddress",
     "decode",
-    "decode_array_struct",
     "encode",
-    "encode_array_struct",
 ]
