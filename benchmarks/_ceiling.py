@@ -80,7 +80,8 @@ def _copy(backend: InferenceBackend, _receiver: object, segment_id: str, way: st
         buffer.copy_(source)
     else:
         ctypes.memmove(buffer.data_ptr(), source.data_ptr(), buffer.numel())
-    return time.monotonic() - begin
+    seconds: float = time.monotonic() - begin
+    return seconds
 
 
 def _drop(_backend: InferenceBackend, _receiver: object, segment_id: str) -> None:

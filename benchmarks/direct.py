@@ -6,7 +6,6 @@ Run as `python -m benchmarks.direct`. Workers are real processes; the ceiling is
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -159,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
