@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from headrace.config import host_settings
-from headrace.errors import CheckpointError
+from headrace.errors import CheckpointError, ManifestMismatchError
 from headrace.planner import check_fit
 from headrace.protocols import InferenceBackend
 from headrace.recipe import LoadRecipe
@@ -40,6 +41,7 @@ class RecipeBook:
         self._entries: dict[str, Entry] = {}
         self._cache = RecipeCache(host_settings().recipe_cache)
         self._untouched = True
+        self._own_folder = backend.loaded_from()
 
     def known(self, metas_key: str) -> Entry | None:
         """Return the entry for a source, if one was made."""
@@ -81,6 +83,7 @@ class RecipeBook:
         return None
 
     def _make(self, metas: ParamTable) -> Entry:
+        self._check_shapes(metas)
         identity = self._backend.identity()
         cached = self._cache.get(identity.layout, metas)
         if cached is not None:
@@ -103,6 +106,42 @@ class RecipeBook:
             self._through_loader(recorded, metas), recorded
         )
 
+    def _check_shapes(self, metas: ParamTable) -> None:
+        """Refuse a source whose tensors have other shapes than those of the checkpoint that the engine started from.
+
+        A loader that raises on them while it is recorded looks like one that needs data: they would be opaque, and
+        would fail only in the commit.
+
+        Raises:
+            ManifestMismatchError: Lists every difference.
+        """
+        own = self._own_checkpoint()
+        if own is None:
+            return
+        with closing(own):
+            shapes = {meta.name: meta.shape for meta in own.metadata()}
+        wrong = [
+            f"{meta.name}: {meta.shape}, the engine's checkpoint has {shapes[meta.name]}"
+            for meta in metas
+            if shapes.get(meta.name, meta.shape) != meta.shape
+        ]
+        if wrong:
+            message = (
+                f"the source is of another model: {len(wrong)} tensors have other shapes, e.g. {wrong[0]}"
+            )
+            raise ManifestMismatchError(message, wrong, phase="describe")
+
+    def _own_checkpoint(self) -> CheckpointSource | None:
+        """Return the checkpoint that the engine started from, where it still can be read."""
+        folder = self._own_folder
+        if folder is None or not Path(folder).exists():
+            return None
+        try:
+            return CheckpointSource(folder)
+        except CheckpointError as error:
+            logger.warning("the engine's own checkpoint %s cannot be read: %s", folder, error)
+            return None
+
     def _through_loader(self, recorded: LoadRecipe, metas: ParamTable) -> LoadRecipe:
         """Return the recipe of an update that proves another: all sources that the loader uses go through it."""
         everything = opaque_recipe(metas, self._live())
@@ -111,23 +150,18 @@ class RecipeBook:
 
     def _proven_at_start(self, recorded: LoadRecipe, metas: ParamTable) -> Entry | None:
         """Prove against the checkpoint that the engine was started from, while its weights still are those."""
-        folder = self._backend.loaded_from()
-        if not self._untouched or folder is None or not Path(folder).exists():
+        if not self._untouched or self._backend.loaded_from() is None:
             return None
-        try:
-            source = CheckpointSource(folder)
-        except CheckpointError as error:
-            logger.warning("the engine's own checkpoint cannot prove its recipe: %s", error)
+        source = self._own_checkpoint()
+        if source is None:
             return None
-        try:
+        with closing(source):
             if frozenset(source.metadata()) != frozenset(metas):
                 return None
             with self._recorder.span("prove"):
                 recipe = prove(
                     recorded, self._live(), whole_tensors(source), reload_unit=self._backend.reload_unit
                 )
-        finally:
-            source.close()
         return self._keep(metas.key, recipe)
 
     def _keep(self, metas_key: str, recipe: LoadRecipe) -> Entry:
