@@ -157,7 +157,7 @@ class Ticket:
 class EngineControl(Protocol):
     """One engine instance as the updater sees it. Lives in the updater, speaks the engine's own interface.
 
-    Call order: 1. `wait_ready`. 2. `expected_receivers`, `enrol`. 3. `pause`. 4. `resume`. 5. `close`.
+    Call order: 1. `wait_ready`. 2. `expected_receivers`, `enrol`. 3. `pause`. 4. `confirm`. 5. `resume`. 6. `close`.
     Every call blocks at most `deadline_s` seconds; all are idempotent.
     """
 
@@ -184,6 +184,13 @@ class EngineControl(Protocol):
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop forward steps and keep requests; with `recompute` no KV of the old weights is used afterwards."""
+        ...
+
+    def confirm(self, version: int, deadline_s: float) -> None:
+        """Tell the engine's front which version its workers now hold, all of them; nothing to do where they say it.
+
+        Called while paused, after every rank has succeeded.
+        """
         ...
 
     def resume(self, deadline_s: float) -> None:

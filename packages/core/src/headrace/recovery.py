@@ -49,6 +49,8 @@ def recover(control: EngineControl, host: HostSettings, deadline_s: float = 60.0
                 peer.send(wire.Abort(reason="recovery"))
         if version is None:
             return f"{control.address}: no rank has weights yet; it stays paused until its first update"
+        if unconfirmed:
+            control.confirm(version, max(1.0, limit - time.monotonic()))
         control.resume(max(1.0, limit - time.monotonic()))
         return f"{control.address}: all ranks hold version {version}; resumed"
     finally:

@@ -92,6 +92,7 @@ def commit_instance(instance: Instance, version: int, settings: UpdateSettings, 
             _commit_ranks(instance, limits.commit_s)
         with recorder.span("finish"):
             ask_all(instance.peers, wire.Finish(version=version), wire.Finished, limits.commit_s, "finish")
+            instance.control.confirm(version, limits.pause_s)
         with recorder.span("resume"):
             instance.control.resume(limits.pause_s)
             instance.paused = False

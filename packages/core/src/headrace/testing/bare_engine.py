@@ -169,6 +169,9 @@ class BareControl:
         self._engine.paused = True
         self._engine.pauses += 1
 
+    def confirm(self, version: int, deadline_s: float) -> None:  # noqa: ARG002
+        """Do nothing: the workers report the version."""
+
     def resume(self, deadline_s: float) -> None:  # noqa: ARG002
         """Note the end of the pause."""
         self._engine.paused = False

@@ -45,6 +45,9 @@ class LocalEngine:
         self.paused = True
         self.pauses += 1
 
+    def confirm(self, version: int, deadline_s: float) -> None:  # noqa: ARG002
+        """Do nothing: the workers report the version."""
+
     def resume(self, deadline_s: float) -> None:  # noqa: ARG002
         """Note the end of the pause."""
         self.paused = False

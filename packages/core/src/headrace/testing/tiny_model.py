@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ class TinySize:
         num_layers: Decoder layers.
         hidden: Width of the residual stream.
         intermediate: Width of the feed-forward part (per expert in a mixture).
-        num_heads: Query heads of 16 elements.
+        num_heads: Query heads.
+        head_dim: Elements of a head; some engines' kernels need 32.
         num_kv_heads: Key and value heads.
         num_experts: Experts per layer of a mixture.
         max_positions: Longest sequence.
@@ -42,6 +43,7 @@ class TinySize:
     intermediate: int = 96
     num_heads: int = 4
     num_kv_heads: int = 2
+    head_dim: int = 16
     num_experts: int = 4
     max_positions: int = 2048
 
@@ -67,7 +69,7 @@ def make_tiny_qwen3(
         tie: Whether `lm_head` is the embedding; it is then absent from the file.
         shards: Least number of safetensors files.
     """
-    return _make("qwen3", folder, seed, dtype, size or TinySize(), tie, shards)
+    return _make("qwen3", folder, seed, dtype, _extents("qwen3", size or TinySize()), tie, shards)
 
 
 def make_tiny_llama(
@@ -80,7 +82,7 @@ def make_tiny_llama(
     shards: int = 1,
 ) -> Path:
     """Write a random Llama; arguments as for `make_tiny_qwen3`."""
-    return _make("llama", folder, seed, dtype, size or TinySize(), tie, shards)
+    return _make("llama", folder, seed, dtype, _extents("llama", size or TinySize()), tie, shards)
 
 
 def make_tiny_qwen3_moe(
@@ -93,7 +95,23 @@ def make_tiny_qwen3_moe(
     shards: int = 1,
 ) -> Path:
     """Write a random Qwen3 mixture of experts, a tensor per expert; arguments as for `make_tiny_qwen3`."""
-    return _make("qwen3_moe", folder, seed, dtype, size or TinySize(), tie, shards)
+    return _make("qwen3_moe", folder, seed, dtype, _extents("qwen3_moe", size or TinySize()), tie, shards)
+
+
+def make_tiny(
+    kind: str, folder: Path, seed: int, extents: Mapping[str, Any], *, dtype: str = "float32", tie: bool = False
+) -> Path:
+    """Write a random model of any type that transformers knows.
+
+    Args:
+        kind: The model type of its configuration.
+        folder: Made if missing.
+        seed: Source of every weight.
+        extents: Fields of the configuration.
+        dtype: Element type in the file.
+        tie: Whether `lm_head` is the embedding; it is then absent from the file.
+    """
+    return _make(kind, folder, seed, dtype, extents, tie, 1)
 
 
 TINY_MODELS: dict[str, Callable[..., Path]] = {
@@ -105,7 +123,7 @@ TINY_MODELS: dict[str, Callable[..., Path]] = {
 
 
 def _make(  # noqa: PLR0913, PLR0917
-    kind: str, folder: Path, seed: int, dtype: str, size: TinySize, tie: bool, shards: int
+    kind: str, folder: Path, seed: int, dtype: str, extents: Mapping[str, Any], tie: bool, shards: int
 ) -> Path:
     import torch  # noqa: PLC0415
     from transformers import AutoConfig  # noqa: PLC0415
@@ -113,7 +131,7 @@ def _make(  # noqa: PLR0913, PLR0917
     folder.mkdir(parents=True, exist_ok=True)
     loudness = torch.tensor(_save_tokenizer(folder))
     config = AutoConfig.for_model(
-        kind, **_extents(kind, size), vocab_size=len(loudness), tie_word_embeddings=tie
+        kind, **extents, vocab_size=len(loudness), tie_word_embeddings=tie
     )
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 1, 2
     model = _empty_model(config)
@@ -144,7 +162,7 @@ def _extents(kind: str, size: TinySize) -> dict[str, Any]:
         "num_hidden_layers": size.num_layers,
         "num_attention_heads": size.num_heads,
         "num_key_value_heads": size.num_kv_heads,
-        "head_dim": 16,
+        "head_dim": size.head_dim,
         "max_position_embeddings": size.max_positions,
     }
     if kind != "qwen3_moe":

@@ -1,0 +1,200 @@
+"""Control of an `LLM` or `AsyncLLM` object of this process: what RL scripts attach to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from headrace.errors import ConfigError, HeadraceError, RemoteProtocolError, TransferTimeoutError
+
+if TYPE_CHECKING:
+    from headrace.protocols import EngineControl, Ticket
+    from headrace.types import CacheMode
+
+_TRANSFER, _EXTENSION = "init_weight_transfer_engine", "headrace_enrol"
+
+
+def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineControl:  # noqa: ANN401 - vLLM is an extra
+    """Return the control of an engine object of this process; `ParameterServer.update` takes it.
+
+    For an `LLM`, update between calls of `generate`. For an `AsyncLLM`, call this in its event loop (or give `loop`)
+    and update from another thread (`asyncio.to_thread`); requests in flight are kept.
+
+    Args:
+        llm: An `LLM`, `LLMEngine` or `AsyncLLM`.
+        loop: The event loop that an `AsyncLLM` serves in; None takes the running one.
+
+    Raises:
+        ConfigError: The engine was not started for Headrace, or an `AsyncLLM` is given outside of its loop.
+    """
+    config = getattr(llm, "vllm_config", None) or getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
+    if config is None:
+        message = f"{type(llm).__name__} is no vLLM engine; give an LLM, an LLMEngine or an AsyncLLM"
+        raise ConfigError(message, name="llm")
+    method = _enrol_method(config)
+    if asyncio.iscoroutinefunction(llm.collective_rpc):
+        return AsyncLlmControl(llm, config, method, loop or _running_loop())
+    return LlmControl(getattr(llm, "llm_engine", llm), config, method)
+
+
+def _enrol_method(config: Any) -> str:  # noqa: ANN401 - a VllmConfig
+    transfer = config.weight_transfer_config
+    if transfer is not None and transfer.backend == "headrace":
+        return _TRANSFER
+    if (config.parallel_config.worker_extension_cls or "").startswith("headrace_vllm."):
+        return _EXTENSION
+    message = (
+        'this engine was not started for Headrace; give LLM(..., weight_transfer_config={"backend": "headrace"}) '
+        "or worker_extension_cls='headrace_vllm.WorkerExtension'"
+    )
+    raise ConfigError(message, name="llm")
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        message = "attach an AsyncLLM inside its event loop, or give the loop"
+        raise ConfigError(message, name="loop") from None
+
+
+def _call_of(method: str, ticket: Ticket) -> dict[str, Any]:
+    fields = asdict(ticket)
+    return {"init_info": fields} if method == _TRANSFER else fields
+
+
+class _Attached:
+    """What both engines share: who they are."""
+
+    def __init__(self, config: Any, method: str) -> None:  # noqa: ANN401
+        self._config = config
+        self._method = method
+
+    @property
+    def address(self) -> str:
+        """A name for messages."""
+        return f"vLLM engine {self._config.instance_id} of this process"
+
+    def wait_ready(self, deadline_s: float) -> None:
+        """Return at once: the object exists only when its engine is up."""
+
+    def expected_receivers(self, deadline_s: float) -> int:  # noqa: ARG002 - the contract's signature
+        """Return the number of workers over all data-parallel replicas."""
+        return int(self._config.parallel_config.world_size_across_dp)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class LlmControl(_Attached):
+    """EngineControl of an `LLM`: no request is in flight between its calls; queued ones of an `LLMEngine` are kept."""
+
+    def __init__(self, engine: Any, config: Any, method: str) -> None:  # noqa: ANN401
+        super().__init__(config, method)
+        self._engine = engine
+
+    def enrol(self, ticket: Ticket, deadline_s: float) -> None:
+        """Hand the ticket to every worker."""
+        kwargs = _call_of(self._method, ticket)
+        self._within(deadline_s, lambda: self._engine.collective_rpc(self._method, deadline_s, (), kwargs))
+
+    def pause(self, cache: CacheMode, deadline_s: float) -> None:
+        """Stop the scheduler; with `recompute` KV and prefix caches are dropped."""
+        clear = cache == "recompute"
+        self._within(deadline_s, lambda: self._core("pause_scheduler", "keep", clear))
+
+    def confirm(self, version: int, deadline_s: float) -> None:
+        """Have vLLM report the version."""
+        self._within(deadline_s, lambda: self._engine.set_weight_version(str(version)))
+
+    def resume(self, deadline_s: float) -> None:
+        """Let the scheduler go on."""
+        self._within(deadline_s, lambda: self._core("resume_scheduler"))
+
+    def served_version(self, deadline_s: float) -> int | None:
+        """Return the version that vLLM reports, or None where no update was made."""
+        return _number(self._within(deadline_s, self._engine.get_weight_version))
+
+    def _core(self, name: str, *args: object) -> object:
+        """Call the engine core, in this process or in its own."""
+        client = self._engine.engine_core
+        if hasattr(client, "call_utility"):
+            return client.call_utility(name, *args)
+        return getattr(client.engine_core, name)(*args)
+
+    def _within(self, deadline_s: float, call: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """Run a blocking call of vLLM, which has no deadlines of its own."""
+        done: list[Any] = []
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                done.append(call())
+            except Exception as error:  # noqa: BLE001 - carried to the caller's thread
+                failed.append(error)
+
+        thread = threading.Thread(target=run, name="headrace-vllm-call", daemon=True)
+        begin = time.monotonic()
+        thread.start()
+        thread.join(deadline_s)
+        if failed:
+            raise _refused(self.address, failed[0]) from failed[0]
+        if not done:
+            message = f"{self.address} did not answer within {time.monotonic() - begin:.1f} s"
+            raise TransferTimeoutError(message, name=self.address, retryable=True)
+        return done[0]
+
+
+class AsyncLlmControl(_Attached):
+    """EngineControl of an `AsyncLLM`; called from threads other than its event loop's."""
+
+    def __init__(self, engine: Any, config: Any, method: str, loop: asyncio.AbstractEventLoop) -> None:  # noqa: ANN401
+        super().__init__(config, method)
+        self._engine = engine
+        self._loop = loop
+
+    def enrol(self, ticket: Ticket, deadline_s: float) -> None:
+        """Hand the ticket to every worker."""
+        self._wait(self._engine.collective_rpc(self._method, kwargs=_call_of(self._method, ticket)), deadline_s)
+
+    def pause(self, cache: CacheMode, deadline_s: float) -> None:
+        """Freeze requests; with `recompute` their KV and all prefix caches are dropped."""
+        self._wait(self._engine.pause_generation(mode="keep", clear_cache=cache == "recompute"), deadline_s)
+
+    def confirm(self, version: int, deadline_s: float) -> None:
+        """Have vLLM report the version."""
+        self._wait(self._engine.update_weight_version(str(version)), deadline_s)
+
+    def resume(self, deadline_s: float) -> None:
+        """Let forward steps go on."""
+        self._wait(self._engine.resume_generation(), deadline_s)
+
+    def served_version(self, deadline_s: float) -> int | None:
+        """Return the version that vLLM reports, or None where no update was made."""
+        return _number(self._wait(self._engine.get_weight_version(), deadline_s))
+
+    def _wait(self, call: Coroutine[Any, Any, Any], deadline_s: float) -> Any:  # noqa: ANN401
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result(deadline_s)
+        except FutureTimeoutError as error:
+            future.cancel()
+            message = f"{self.address} did not answer within {deadline_s:g} s; is its event loop running?"
+            raise TransferTimeoutError(message, name=self.address, retryable=True) from error
+        except Exception as error:
+            raise _refused(self.address, error) from error
+
+
+def _refused(address: str, error: Exception) -> HeadraceError:
+    if isinstance(error, HeadraceError):
+        return error
+    return RemoteProtocolError(f"{address}: {type(error).__name__}: {error}", name=address)
+
+
+def _number(version: object) -> int | None:
+    return int(version) if isinstance(version, str) and version.isdecimal() else None
