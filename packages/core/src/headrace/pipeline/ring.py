@@ -99,6 +99,9 @@ class RingPipeline:
         limit = time.monotonic() + deadline_s
         for thread in self._threads:
             thread.join(max(0.0, limit - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            # A raised failure's traceback refers back to here: the cycle would keep slots in memory.
+            self._failure = TransportClosedError("the pipeline was closed")
 
     def _work(self, position: int) -> None:
         stage = self._stages[position]

@@ -193,14 +193,16 @@ class RingDelivery:
         self._recorder = recorder
         depth = plan.ring.depth
         staged = depth >= plan.num_buckets
-        self._buckets = [
+        buckets = [
             _bucket(plan, b, [feed.slots[b % depth]], blocks, undisturbed=staged)
             for b in range(plan.num_buckets)
         ]
+        self._buckets = buckets
+        # No stage refers to this object: engines may never collect cycles, and slots are large.
         self._pipeline = RingPipeline(
             [
                 PipelineStage(feed.name, feed.fetch),
-                PipelineStage("stage", lambda bucket, _slot: self._buckets[bucket].opaque.run()),
+                PipelineStage("stage", lambda bucket, _slot: buckets[bucket].opaque.run()),
             ],
             plan.num_buckets,
             depth,
@@ -239,7 +241,7 @@ class RingDelivery:
         self._feed.release(self._plan.num_buckets)
         self._feed.close()
         self._pipeline.close()
-        self._buckets = []
+        self._buckets.clear()
 
     def _give_back(self, number: int) -> None:
         self._released = number + 1

@@ -39,7 +39,7 @@ class RecipeBackend:
     ) -> None:
         self._recipe = recipe
         self._identity = WorkerIdentity(worker, world_size, "cpu", f"cpu-{worker.rank}", f"recipe {recipe.key}")
-        self._live = {m.name: torch.zeros(m.shape, dtype=getattr(torch, m.dtype)) for m in recipe.targets}
+        self._live = self._make_live(recipe)
         self._budget_bytes = budget_bytes
         self._loaded_from = loaded_from
         self.version: int | None = None
@@ -56,8 +56,8 @@ class RecipeBackend:
         return self._live
 
     def skeleton(self) -> Skeleton:
-        """The same tensors on the meta device, and the same loader."""
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._live.items()}
+        """The same tensors on the meta device, with their strides, and the same loader."""
+        meta = {n: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for n, t in self._live.items()}
         recipe = self._recipe
         return Skeleton(meta, lambda pairs: write_recipe(recipe, meta, pairs))
 
@@ -105,6 +105,9 @@ class RecipeBackend:
     def set_version(self, version: int) -> None:
         """Note the version."""
         self.version = version
+
+    def _make_live(self, recipe: LoadRecipe) -> dict[str, torch.Tensor]:
+        return {m.name: torch.zeros(m.shape, dtype=getattr(torch, m.dtype)) for m in recipe.targets}
 
     def _load_checkpoint(self, folder: str) -> None:
         source = CheckpointSource(folder)
