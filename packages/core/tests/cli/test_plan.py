@@ -136,7 +136,7 @@ def test_instances_and_holders_are_spread_over_hosts() -> None:
 def engine(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     log = tmp_path_factory.mktemp("engine") / "engine.log"
     with EngineProcess(checkpoints[0], 2, "cpu", log) as process:
-        process.wait_ready(90.0, lambda: None)
+        process.wait_ready(90.0)
         yield process
 
 

@@ -133,11 +133,16 @@ def _notes(outcome: Outcome) -> Iterator[str]:
 
 
 def excerpt(requests: Sequence[StreamedRequest]) -> dict[str, object] | None:
-    """Return the text of one request on both sides of an update; the request with the most text there."""
+    """Return the text of one request on both sides of an update: where there is most of it, and the latest."""
     found = [(request, at) for request in requests for at in request.version_starts]
     if not found:
         return None
-    request, at = max(found, key=lambda one: min(one[1], len(one[0].tokens) - one[1], EXCERPT_TOKENS))
+
+    def worth(one: tuple[StreamedRequest, int]) -> tuple[int, int]:
+        request, at = one
+        return min(at, len(request.tokens) - at, EXCERPT_TOKENS), request.versions[at] or 0
+
+    request, at = max(found, key=worth)
     begin = max(0, at - EXCERPT_TOKENS)
     prompt = request.prompt.text if begin == 0 else "... "
     return {

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,8 +50,8 @@ class EngineProcess:
         """The engine as `--to` names it."""
         return f"torch={self.url}"
 
-    def wait_ready(self, deadline_s: float, waiting: Callable[[], None]) -> None:
-        """Wait until the engine answers; `waiting` is called meanwhile.
+    def wait_ready(self, deadline_s: float) -> None:
+        """Wait until the engine answers.
 
         Raises:
             ConnectError: It left or did not answer in time; holds the end of its log.
@@ -63,7 +62,6 @@ class EngineProcess:
                 raise self._broken(f"left with exit code {self._process.returncode}")
             if time.monotonic() > end:
                 raise self._broken(f"was not ready after {deadline_s:g} s")
-            waiting()
             time.sleep(_POLL_S)
 
     def get(self, path: str) -> dict[str, Any]:

@@ -189,13 +189,13 @@ class _Story:
         self._last_checkpoint = "a"
         self._applied: list[AppliedUpdate] = []
         self._make("a")
-        watcher.say("starting the engine")
         log = folder / "engine.log"
         self._engine = stack.enter_context(EngineProcess(folder / "a", settings.tp, settings.device, log))
         for name in CHECKPOINTS[1:]:
             self._make(name)
         self._tokenizer = Tokenizer.from_file(str(folder / "a" / "tokenizer.json"))
-        self._engine.wait_ready(READY_S, lambda: None)
+        watcher.say("starting the engine")
+        self._engine.wait_ready(READY_S)
         watcher.say("the first tokens")
         prompts = [self._prompt(sentence) for sentence in SENTENCES]
         self._streams = Streams(self._engine.url, prompts, settings.num_requests, settings.seed)
