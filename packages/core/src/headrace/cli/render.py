@@ -68,7 +68,9 @@ def report_table(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> 
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=_title(report), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=_title(report), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for heading in ("worker", "route"):
         table.add_column(heading, no_wrap=True)
     share = _share(report, memcpy_gb_per_s)
