@@ -43,6 +43,10 @@ class HolderPool:
     With a checkpoint, every holder is a process that reads its part. With a source in this process, holder 0 is a
     thread here and holds everything; further holders are processes that only pass broadcasts on. Under torchrun the
     holders are its ranks, this process included.
+
+    Attributes:
+        peers: The live holders' conversations, by index.
+        newest: No version up to this one can be published by them any more; None where they have made none.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class HolderPool:
         self._threads: list[threading.Thread] = []
         self._tickets: list[HolderTicket] = []
         self.peers: list[Peer] = []
+        self.newest: int | None = None
         self._known: dict[str, Manifest] = {}
 
     def ensure(self, count: int) -> None:
@@ -107,6 +112,7 @@ class HolderPool:
             peer.on_progress = watch(peer)
         order = wire.Publish(version=version, known_layouts=tuple(self._known))
         answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
+        self.newest = version
         return [self._manifest(answers[peer.key], version) for peer in self.peers]
 
     def _manifest(self, answer: wire.Published, version: int) -> Manifest:
@@ -124,6 +130,8 @@ class HolderPool:
         for peer in self.peers:
             if not peer.lost:
                 peer.send(wire.Release(version=version))
+        if self.newest == version:
+            self.newest = version - 1
 
     def settle(self, deadline_s: float) -> None:
         """Wait until no holder works for a failed update any more; end them all if one does not come to rest."""
@@ -146,7 +154,7 @@ class HolderPool:
         for thread in self._threads:
             thread.join(max(0.0, limit - time.monotonic()))
         self._switchboard.forget(self.peers)
-        self._processes, self._threads, self.peers, self._known = [], [], [], {}
+        self._processes, self._threads, self.peers, self._known, self.newest = [], [], [], {}, None
         sweep(self._host.socket_dir)
 
     def _ticket(self, index: int) -> HolderTicket:

@@ -161,7 +161,8 @@ class Update:
                 (p for p in peers if p.hello.token == instance.token), key=lambda peer: peer.key
             )
         self._refuse_busy(peers)
-        self.version = next_version([_hello(peer).served_version for peer in peers], self._settings.version)
+        served = [_hello(peer).served_version for peer in peers]
+        self.version = next_version(served, self._settings.version, self._kept.holders.newest)
         return peers
 
     def _ticket(self, instance: Instance) -> Ticket:
