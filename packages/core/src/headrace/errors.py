@@ -152,6 +152,7 @@ class RemoteFailure:
     phase: str = ""
     name: str = ""
     weights_state: WeightsState = "old"
+    details: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -166,6 +167,7 @@ class RemoteFailure:
             phase=(own.phase if own else None) or phase,
             name=(own.name if own else None) or "",
             weights_state=weights_state,
+            details=tuple(getattr(own, "differences", ())),
         )
 
     def to_error(self) -> HeadraceError:
@@ -177,7 +179,10 @@ class RemoteFailure:
             "name": self.name or None,
             "weights_state": self.weights_state,
         }
-        return (kind or HeadraceError)(message, **context)  # type: ignore[arg-type]
+        error = (kind or HeadraceError)(message, **context)  # type: ignore[arg-type]
+        if isinstance(error, ManifestMismatchError):
+            error.differences = self.details
+        return error
 
 
 FailureKey = tuple[str, int]

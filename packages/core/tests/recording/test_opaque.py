@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,9 +11,10 @@ import torch
 from recording_layers import Decoder, Tp, decoder_sources, weight
 from torch import nn
 
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, ManifestMismatchError
 from headrace.protocols import Skeleton
 from headrace.recording import opaque_recipe, record, skeleton_of
+from headrace.types import ParamMeta, ParamTable
 
 Make = Callable[..., Any]
 
@@ -235,3 +236,26 @@ def test_ties_are_known_by_the_name_that_is_live(make_bench: Make, listed: str) 
     recipe = record(skeleton, made.table, live=live, reload_unit=str, **options)
     assert [recipe.targets[b].name for b in recipe.regions.block].count(listed) == 1
     assert not recipe.opaque_reasons
+
+
+def test_a_shape_that_the_loader_refuses_is_a_mismatch_and_not_opaque() -> None:
+    module = nn.Linear(4, 3)
+    twin = skeleton_of(module)
+
+    def load(pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in pairs:
+            assert twin.get_parameter(name).shape == tensor.shape
+            twin.get_parameter(name).data.copy_(tensor)
+
+    sources = ParamTable([ParamMeta("weight", "float32", (5, 4)), ParamMeta("bias", "float32", (7,))])
+    with pytest.raises(ManifestMismatchError, match="2 tensors of the source do not fit") as caught:
+        record(
+            Skeleton(dict(twin.named_parameters()), load),
+            sources,
+            live=dict(module.named_parameters()),
+            reload_unit=str,
+            optional=lambda _name: False,
+            derived={},
+            can_rederive=True,
+        )
+    assert [line.split()[0] for line in caught.value.differences] == ["weight", "bias"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from headrace.errors import UncoveredRegionError
+from headrace.errors import ManifestMismatchError, UncoveredRegionError
 from headrace.geometry import Box, Loop, RegionTable, Shape, contiguous_strides
 from headrace.protocols import Skeleton
 from headrace.recipe import FillTable, LoadRecipe
@@ -61,6 +61,7 @@ def record(  # noqa: PLR0913 - the backend's answers, each by its name
         The recipe. Its targets are the live tensors; of several names of one memory the first.
 
     Raises:
+        ManifestMismatchError: The loader refuses the shape of sources; lists them.
         UncoveredRegionError: The loader leaves elements of live tensors unwritten; lists all.
     """
     tensors = skeleton.tensors if live is None else live
@@ -69,6 +70,10 @@ def record(  # noqa: PLR0913 - the backend's answers, each by its name
     if recording is None:
         logger.info("the loader cannot be recorded; every parameter goes through the engine's loader")
         return opaque_recipe(sources, tensors, "the loader raises without data")
+    if recording.misfits:
+        wrong = [f"{sources[i].name} {sources[i].shape}: {why}" for i, why in recording.misfits.items()]
+        message = f"{len(wrong)} tensors of the source do not fit the model, e.g. {wrong[0]}"
+        raise ManifestMismatchError(message, wrong, phase="describe", name=sources[min(recording.misfits)].name)
     return _Assembly(skeleton, sources, tensors, recording, rules).recipe()
 
 

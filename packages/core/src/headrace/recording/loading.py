@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
 
@@ -20,6 +20,7 @@ from headrace.types import ParamTable
 
 logger = logging.getLogger(__name__)
 
+_SHAPE_WORDS = re.compile(r"\b(sizes?|shapes?|dimensions?|length)\b")
 MAX_RUNS = 32
 """Most times that the loader is run to find out which sources it raises on."""
 
@@ -34,6 +35,7 @@ class Recording:
         refused: Sources on which the loader raised, and what it raised.
         leftovers: Sources whose data lies in memory that is no target.
         unusable: Targets that cannot be recorded at all, and why.
+        misfits: Sources that the loader would refuse with data too: their shape is not the one it expects.
     """
 
     recorder: Recorder
@@ -41,6 +43,7 @@ class Recording:
     refused: dict[int, str] = field(default_factory=dict)
     leftovers: set[int] = field(default_factory=set)
     unusable: dict[str, str] = field(default_factory=dict)
+    misfits: dict[int, str] = field(default_factory=dict)
 
 
 def run_loader(skeleton: Skeleton, sources: ParamTable, live: Mapping[str, torch.Tensor]) -> Recording | None:
@@ -50,11 +53,13 @@ def run_loader(skeleton: Skeleton, sources: ParamTable, live: Mapping[str, torch
         The recording, or None where the loader keeps raising, whatever is left out.
     """
     refused: dict[int, str] = {}
+    misfits: dict[int, str] = {}
     for _ in range(MAX_RUNS):
         run = _Run(skeleton, sources, live)
         culprits = run.attempt(refused)
+        misfits |= {id_: why for id_, why in culprits.items() if run.misfit}
         if not culprits:
-            return run.result(refused)
+            return replace(run.result(refused), misfits=misfits)
         if not culprits.keys() - refused.keys():
             break
         refused |= culprits
@@ -71,6 +76,7 @@ class _Run:
         self._recorder = Recorder()
         self._aliases: dict[str, str] = {}
         self._unusable: dict[str, str] = {}
+        self.misfit = False
         self._yielded = -1
         self._exhausted = False
         for id_, meta in enumerate(self._metas):
@@ -99,6 +105,7 @@ class _Run:
                 self._skeleton.load(self._pairs(left_out))
         except Exception as error:
             culprits = self._blame(error)
+            self.misfit = _is_misfit(error)
             logger.debug("the loader raised on %s", [self._sources[i].name for i in culprits], exc_info=error)
             return dict.fromkeys(culprits, f"the loader raised {type(error).__name__}: {error}")
         finally:
@@ -137,6 +144,16 @@ class _Run:
                 if surface is not None:
                     surface.breaks(self._unusable[name], self._recorder.feeds_of(tensor))
                 tensor.data = data
+
+
+def _is_misfit(error: Exception) -> bool:
+    """Return whether an error is about a shape, and so would come with data too."""
+    if isinstance(error, AssertionError) and not error.args:
+        return True
+    text = str(error).lower()
+    return isinstance(error, AssertionError | RuntimeError | ValueError | IndexError) and (
+        _SHAPE_WORDS.search(text) is not None and "meta" not in text
+    )
 
 
 def _source_tensors(sources: ParamTable) -> list[torch.Tensor]:

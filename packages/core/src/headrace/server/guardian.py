@@ -17,7 +17,7 @@ class Guardian:
     def start(self) -> None:
         """Start the process, if there is none; returns before it is up (its pipe already holds what is told)."""
         if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "headrace.recovery"]
+            command = [sys.executable, "-P", "-m", "headrace.recovery"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def paused(self, addresses: Sequence[str]) -> None:

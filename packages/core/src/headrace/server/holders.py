@@ -178,7 +178,7 @@ class HolderPool:
             "part": ticket.index,
             "log_level": logging.getLevelName(logger.getEffectiveLevel()),
         }
-        process = subprocess.Popen([sys.executable, "-m", "headrace.holder"], stdin=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-P", "-m", "headrace.holder"], stdin=subprocess.PIPE)
         self._processes.append(process)
         if process.stdin is None:
             raise PeerLostError("a holder process was started without a pipe")
