@@ -44,7 +44,7 @@ class PlainCopy:
         best = []
         for way in ("copy_", "memmove"):
             self._segment.tensor.view(torch.int64)[: self._num_bytes * self._engine.world_size // 8].add_(1)
-            best.append(max(self._engine.call_all(_copy, self._segment.descriptor.segment_id, way)))
+            best.append(float(max(self._engine.call_all(_copy, self._segment.descriptor.segment_id, way))))
         return min(best)
 
     def __enter__(self) -> Self:

@@ -141,8 +141,8 @@ def _cpu_ticks() -> int:
     return user + nice + system + irq + soft
 
 
-def machine() -> Section:
-    """Return what this was measured on."""
+def machine(busy_cores: float) -> Section:
+    """Return what this was measured on; `busy_cores` is what other work took before the benchmarks began."""
     rows = (
         ("CPU", f"{_proc('/proc/cpuinfo', 'model name')}, {os.cpu_count()} cores"),
         ("memory", f"{int(_proc('/proc/meminfo', 'MemTotal').split()[0]) / 1e6:.0f} GB"),
@@ -150,6 +150,7 @@ def machine() -> Section:
         ("Python", platform.python_version()),
         ("torch", str(torch.__version__)),
         ("date", time.strftime("%Y-%m-%d", time.gmtime())),
+        ("busy with other work at the beginning of a benchmark", f"at most {busy_cores:.1f} cores"),
         ("verify", "as each row says; `digest` where no row does"),
     )
     return Section("machine", "Machine", ("what", "value"), rows)

@@ -1,7 +1,7 @@
 """What an update costs that has next to nothing to move: enrolment, planning, votes, pause and resume.
 
-Run as `python -m benchmarks.control`. Two workers each: bare ones, then the embedded engine over HTTP, idle and while it
-generates.
+Run as `python -m benchmarks.control`. Two workers each: bare ones, then the embedded engine over HTTP, idle and
+while it generates.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks._common import Section, progress
 from headrace.config import GIB, UpdateSettings
 from headrace.manifest import Manifest
 from headrace.plan import UpdatePlan
@@ -67,22 +67,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     wanted = parser.parse_args().only
-    limits = f"limits: again {AGAIN_LIMIT_S * 1e3:g} ms, peak {MEMORY_LIMIT_GB:g} GB"
-    table = Table(title="Planning, Kimi-K2 shapes, TP16", caption=limits)
-    for column in ("case", "copies", "first s", "limit s", "again ms", "decoded ms", "peak GB"):
-        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
-    kept = True
-    for case in (case for case in CASES if wanted in case.name):
-        result = _measure(case)
-        kept &= _within(case, result)
-        table.add_row(*_row(case, result))
-    Console().print(table)
-    return 0 if kept else 1
+    results = {case: _measure(case) for case in CASES if wanted in case.name}
+    _section(results).show(Console(width=120))
+    return 0 if all(_within(*item) for item in results.items()) else 1
+
+
+def sections() -> list[Section]:
+    """Measure all cases."""
+    results = {}
+    with progress("planning", len(CASES)) as step:
+        for case in CASES:
+            step(f"planning, {case.name}")
+            results[case] = _measure(case)
+    return [_section(results)]
+
+
+def _section(results: dict[Case, Result]) -> Section:
+    limits = f"Limits: again {AGAIN_LIMIT_S * 1e3:g} ms, peak {MEMORY_LIMIT_GB:g} GB."
+    missed = [case.name for case, result in results.items() if not _within(case, result)]
+    notes = (limits, f"Missed by: {', '.join(missed)}." if missed else "All kept.")
+    columns = ("case", "copies", "first s", "limit s", "again ms", "decoded ms", "peak GB")
+    rows = tuple(_row(*item) for item in results.items())
+    return Section("planning", "Planning, Kimi-K2 shapes, TP16", columns, rows, notes)
 
 
 def _row(case: Case, result: Result) -> tuple[str, ...]:
     return (
-        case.name if _within(case, result) else f"[red]{case.name}[/red]",
+        case.name,
         f"{result.num_copies:,}",
         f"{result.first_s:.2f}",
         f"{case.limit_s:g}",
