@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,20 +27,45 @@ def socket_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     return folder
 
 
-@pytest.fixture
-def make_world(socket_dir: Path, tmp_path: Path) -> Iterator[MakeWorld]:
-    """Start worlds; afterwards no memory, socket folder or process of them is left."""
+@contextmanager
+def nothing_left(socket_dir: Path, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Check that the body leaves no segment, mapping, process or socket folder to this process."""
     before = snapshot([])
+    yield
+    caplog.get_records("call").clear()  # what was logged holds exceptions, their frames, and what these hold
+    after = snapshot([], socket_dir=socket_dir)
+    assert [line for line in before.grown(after) if not line.startswith(("files", "threads"))] == []
+
+
+@pytest.fixture
+def make_world(
+    socket_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> Iterator[MakeWorld]:
+    """Start worlds that a test may break; afterwards nothing of them is left."""
     made: list[World] = []
 
     def make(**options: object) -> World:
-        world = World(tmp_path / f"world-{len(made)}", **options)  # type: ignore[arg-type]
-        made.append(world)
-        return world
+        made.append(World(tmp_path / f"world-{len(made)}", **options))  # type: ignore[arg-type]
+        return made[-1]
 
-    yield make
-    for world in made:
-        world.close()
-    after = snapshot([], socket_dir=socket_dir)
-    grown = [line for line in before.grown(after) if not line.startswith(("files", "threads"))]
-    assert grown == []
+    with nothing_left(socket_dir, caplog):
+        yield make
+        for world in made:
+            world.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Start a world of two workers for a module's tests."""
+    world = World(tmp_path_factory.mktemp("shared"))
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def world(shared: World, socket_dir: Path, caplog: pytest.LogCaptureFixture) -> Iterator[World]:
+    """Return the shared world, whole; afterwards it is whole again and nothing else of the test is left."""
+    shared.begin()
+    with nothing_left(socket_dir, caplog):
+        yield shared
+        shared.end()

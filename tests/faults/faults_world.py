@@ -204,6 +204,23 @@ class World:
         """Let a worker's backend fail."""
         self.engine.call(rank, arm, *faults)
 
+    def trainer(self, seed: int, **options: Any) -> ParameterServer:
+        """Return a parameter server over a seed's tensors in this process; it needs no holder process."""
+        return self.server(tensors=make_tensors(seed), **options)
+
+    def begin(self) -> None:
+        """Check that the world is whole before a test."""
+        self.check()
+        self.engine.pauses = 0
+
+    def end(self) -> None:
+        """Close a test's servers, disarm its faults, and check that a good update succeeds."""
+        for rank in range(self.workers):
+            self.arm(rank)
+        self.close_servers()
+        self.heals()
+        self.close_servers()
+
     def update(self, server: ParameterServer, seed: int, **choices: Any) -> Any:
         """Make an update that must succeed, and check that the engine then serves `seed`."""
         report = server.update(self.control, **choices)
@@ -232,12 +249,17 @@ class World:
 
     def heals(self, seed: int = 77, **choices: Any) -> None:
         """Check that a good update by a new server succeeds, and that workers keep segments of two updates at most."""
-        self.update(self.server(seed), seed, **choices)
+        self.update(self.trainer(seed), seed, **choices)
         kept = snapshot(self.engine.pids).memfds
         assert max(kept[pid] for pid in self.engine.pids) <= MOST_SEGMENTS
 
-    def close(self) -> None:
-        """Close servers and engine."""
+    def close_servers(self) -> None:
+        """Close all servers made so far."""
         for server in self._servers:
             server.close()
+        self._servers = []
+
+    def close(self) -> None:
+        """Close servers and engine."""
+        self.close_servers()
         self.engine.close()

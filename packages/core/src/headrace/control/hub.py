@@ -85,6 +85,10 @@ class Hub:
         """Let nobody more enter with `token`; who is in stays. Idempotent."""
         self._tokens.revoke(token)
 
+    def take_refusals(self) -> list[ProtocolError]:
+        """Return why peers were refused since the last call, the newest few."""
+        return self._router.take_refusals()
+
     def receive(self, deadline_s: float) -> Event:
         """Return the next thing that happened, in order per peer; heartbeats are not shown.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_FRAMES = encode(Heartbeat())
 _MAX_HELLO_BYTES = 64 << 10
+_MAX_REFUSALS = 8
 
 Arrival = tuple[PeerId, list[bytes]] | Lost
 
@@ -53,6 +55,7 @@ class Router:
         self._identity_of: dict[int, bytes] = {}
         self._open_fds: set[int] = set()
         self._refused: set[bytes] = set()
+        self._refusals: deque[ProtocolError] = deque(maxlen=_MAX_REFUSALS)
 
     def pump(self) -> None:
         """Take what has arrived, then declare lost whose connection broke: last words come first."""
@@ -95,6 +98,13 @@ class Router:
         """Tell a peer that it is not taken, and ignore it from now on."""
         self._send(identity, encode(Refused(failure)))
         self.forget(identity)
+
+    def take_refusals(self) -> list[ProtocolError]:
+        """Return why peers were refused since the last call; from any thread."""
+        taken = []
+        while self._refusals:
+            taken.append(self._refusals.popleft())
+        return taken
 
     def close(self, linger_s: float) -> None:
         """Close the socket after what was sent has left, at most `linger_s` later."""
@@ -142,6 +152,7 @@ class Router:
             peer = self._admitted(identity, body)
         except ProtocolError as error:
             logger.warning("refused a peer of the control channel: %s", error)
+            self._refusals.append(error)
             self.refuse(identity, RemoteFailure.of(error, phase="enrol"))
             return
         self._peers[identity] = _Peer(peer, fd, time.monotonic())

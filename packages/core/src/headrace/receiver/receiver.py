@@ -99,7 +99,11 @@ class Receiver:
             transport.close()
 
     def _tell_busy(self, ticket: Ticket, holder: str) -> None:
-        dialer = Dialer(ticket.endpoint, ticket.server_key)
+        try:
+            dialer = Dialer(ticket.endpoint, ticket.server_key)
+        except HeadraceError as error:
+            logger.warning("update %s has a ticket that is no use: %s", ticket.update_id, error)
+            return
         try:
             dialer.send(self.hello(ticket.update_id, ticket.token, busy_with=holder))
             dialer.receive(10.0)

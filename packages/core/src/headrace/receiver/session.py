@@ -82,7 +82,12 @@ class Session:
             self._run()
 
     def _run(self) -> None:
-        dialer = self._dialer = Dialer(self.ticket.endpoint, self.ticket.server_key)
+        try:
+            dialer = self._dialer = Dialer(self.ticket.endpoint, self.ticket.server_key)
+        except HeadraceError as error:
+            logger.warning("update %s has a ticket that is no use: %s", self.ticket.update_id, error)
+            self.alive = False
+            return
         try:
             dialer.send(self._receiver.hello(self.ticket.update_id, self.ticket.token))
             while self.alive:

@@ -57,7 +57,7 @@ class Instance:
         paused: Whether it was paused and not resumed.
         writing: Whether a commit was ordered.
         spoiled: Whether committed bytes were found wrong.
-        done: Whether it serves the new version.
+        done: Whether all its ranks hold and report the new version.
         stall_s: Seconds from pause to resume.
     """
 
@@ -92,11 +92,12 @@ def commit_instance(instance: Instance, version: int, settings: UpdateSettings, 
             _commit_ranks(instance, limits.commit_s)
         with recorder.span("finish"):
             ask_all(instance.peers, wire.Finish(version=version), wire.Finished, limits.commit_s, "finish")
+            instance.done = True
             instance.control.confirm(version, limits.pause_s)
         with recorder.span("resume"):
             instance.control.resume(limits.pause_s)
             instance.paused = False
-    instance.stall_s, instance.done = time.monotonic() - begin, True
+    instance.stall_s = time.monotonic() - begin
 
 
 def _commit_ranks(instance: Instance, deadline_s: float) -> None:
@@ -161,29 +162,38 @@ def _broken(errors: dict[FailureKey, HeadraceError], instance: Instance) -> Upda
 
 
 def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> bool:
-    """Have an instance's receivers forget the update and resume it if its weights are whole and old.
+    """Have an instance's receivers forget the update and resume it if its weights are whole.
+
+    Whole are those that no rank has touched, in this update or in one that broke off before it, and those of an
+    instance that only could not be resumed.
 
     Returns:
         Whether the instance holds whole weights of one version.
     """
     if instance.done:
+        _resume(instance, resume_s)
         return True
     for peer in instance.peers:
         if not peer.lost:
             peer.send(wire.Abort(reason=str(reason), spoiled=instance.spoiled))
     states = {_aborted_state(peer) for peer in instance.peers}
-    whole = states <= {"old"} or not instance.writing
-    if whole and instance.paused:
+    whole = states <= ({"old"} if instance.writing else {"old", "lost"})
+    if whole:
+        _resume(instance, resume_s)
+    return whole
+
+
+def _resume(instance: Instance, resume_s: float) -> None:
+    if instance.paused:
         with suppress(HeadraceError):
             instance.control.resume(resume_s)
             instance.paused = False
-    return whole
 
 
 def _aborted_state(peer: Peer) -> str:
     """Wait for a receiver's `Aborted`, past whatever it had sent before; `lost` where none comes."""
     limit = time.monotonic() + ABORT_S
-    while not peer.lost and time.monotonic() < limit:
+    while not peer.gone and time.monotonic() < limit:
         try:
             answer = peer.expect(wire.Message, limit - time.monotonic(), "abort")
         except HeadraceError:

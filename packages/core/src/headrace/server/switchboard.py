@@ -21,6 +21,7 @@ from headrace.errors import (
     TransferTimeoutError,
     TransportClosedError,
     UpdateFailedError,
+    VersionSkewError,
     WeightsState,
 )
 from headrace.telemetry import Span
@@ -56,6 +57,11 @@ class Peer:
     def lost(self) -> bool:
         """Whether the connection is gone."""
         return self._lost is not None
+
+    @property
+    def gone(self) -> bool:
+        """Whether the connection is gone and its last words were taken."""
+        return self.lost and self._inbox.empty()
 
     def deliver(self, message: wire.AnyMessage | Lost) -> None:
         """Put what the hub received into the mailbox; from the pump's thread."""
@@ -162,10 +168,13 @@ class Switchboard:
     def arrivals(
         self, count: int, wanted: Callable[[Peer], bool], deadline_s: float, what: str
     ) -> list[Peer]:
-        """Wait until `count` peers that are `wanted` have presented themselves.
+        """Wait until `count` peers that are `wanted` have presented themselves; others are sent away.
+
+        So is who had come, when the wait fails: a receiver must not wait for an update that will not be.
 
         Raises:
-            TransferTimeoutError: Fewer came within the deadline; says which came.
+            VersionSkewError: Fewer came, and one that spoke another protocol version was refused.
+            TransferTimeoutError: Fewer came within the deadline; says which came and who was refused.
         """
         limit = time.monotonic() + deadline_s
         found: list[Peer] = []
@@ -173,12 +182,29 @@ class Switchboard:
             try:
                 peer = self._arrived.get(timeout=max(0.0, limit - time.monotonic()))
             except queue.Empty:
-                came = ", ".join(_label(peer.key) for peer in found) or "nobody"
-                text = f"{count - len(found)} of {count} {what} did not dial in within {deadline_s:.0f} s; came: {came}"
-                raise TransferTimeoutError(text, phase="enrol", retryable=True) from None
+                self._dismiss(found)
+                raise self._too_few(found, count, f"{what} did not dial in within {deadline_s:.0f} s") from None
             if wanted(peer):
                 found.append(peer)
+            else:
+                self._dismiss([peer])
+        self.hub.take_refusals()
         return found
+
+    def _too_few(self, found: Sequence[Peer], count: int, what: str) -> HeadraceError:
+        came = ", ".join(_label(peer.key) for peer in found) or "nobody"
+        refusals = self.hub.take_refusals()
+        refused = "; refused: " + ", ".join(str(error) for error in refusals) if refusals else ""
+        text = f"{count - len(found)} of {count} {what}; came: {came}{refused}"
+        if any(isinstance(error, VersionSkewError) for error in refusals):
+            return VersionSkewError(text, phase="enrol")
+        return TransferTimeoutError(text, phase="enrol", retryable=True)
+
+    def _dismiss(self, peers: Sequence[Peer]) -> None:
+        for peer in peers:
+            is_holder = isinstance(peer.hello, wire.HolderHello)
+            peer.send(wire.Shutdown() if is_holder else wire.Abort(reason="the update was given up"))
+        self.forget(peers)
 
     def forget(self, peers: Sequence[Peer]) -> None:
         """Drop peers whose part is over."""

@@ -126,6 +126,10 @@ class Update:
             logger.info("update %s failed: %s", self.id, error)
             self._take_back(error)
             raise
+        except BaseException as error:
+            # Ctrl-C, or a fault of ours: whatever it was, engines are not left paused by it.
+            self._take_back(HeadraceError(f"the update was broken off by {type(error).__name__}"))
+            raise
         finally:
             self._kept.switchboard.forget([peer for instance in self.instances for peer in instance.peers])
             self._calls.shutdown(wait=False)
@@ -150,13 +154,16 @@ class Update:
             for instance, count in zip(self.instances, counts, strict=True):
                 instance.num_receivers = count
                 hub.admit(instance.token, count)
-            self._each(lambda i: i.control.enrol(self._ticket(i), limits.enrol_s))
-            tokens = {instance.token for instance in self.instances}
-            peers = self._kept.switchboard.arrivals(
-                sum(counts), lambda p: p.hello.token in tokens, limits.enrol_s, "receivers"
-            )
+            try:
+                self._each(lambda i: i.control.enrol(self._ticket(i), limits.enrol_s))
+                tokens = {instance.token for instance in self.instances}
+                peers = self._kept.switchboard.arrivals(
+                    sum(counts), lambda p: p.hello.token in tokens, limits.enrol_s, "receivers"
+                )
+            finally:
+                for instance in self.instances:
+                    hub.revoke(instance.token)
         for instance in self.instances:
-            hub.revoke(instance.token)
             instance.peers = sorted(
                 (p for p in peers if p.hello.token == instance.token), key=lambda peer: peer.key
             )
