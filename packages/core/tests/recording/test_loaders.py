@@ -154,6 +154,15 @@ def test_followed(make_bench: Make, way: Any, shape: Any, sources: Any, dtype: t
     assert not len(recipe.opaque)
 
 
+@pytest.mark.parametrize(("way", "shape", "sources"), FOLLOWED, ids=lambda v: getattr(v, "__name__", ""))
+def test_followed_in_inference_mode(make_bench: Make, way: Any, shape: Any, sources: Any) -> None:
+    made = make_bench(one_target(*shape), loader(w=way), sources, torch.float32)
+    with torch.inference_mode():
+        recipe = made.record()
+    assert not len(recipe.opaque)
+    assert {meta.name for meta in recipe.sources} - {recipe.sources[int(i)].name for i in recipe.unused} == set(sources)
+
+
 def state_space(w: torch.Tensor, x: Params) -> None:
     w.copy_(-torch.exp(x["x0"].float()))
 
@@ -244,6 +253,17 @@ def test_fails_closed(make_bench: Make, way: Any, dtype: torch.dtype) -> None:
     assert [recipe.sources[i].name for i in recipe.opaque] == ["x0"]
     assert {recipe.targets[i].name for i in recipe.regions.block} == {"other"}
     assert not len(recipe.fills)
+
+
+def test_unused_sources_are_loaded_where_a_target_has_no_known_source(make_bench: Make) -> None:
+    def load(w: torch.Tensor, x: Params) -> None:
+        hidden = torch.empty(R, H)
+        hidden.uniform_()
+        w.copy_(hidden)
+
+    recipe = make_bench(one_target(R, H), loader(w=load), stack_of(1, R, H), reload_unit=str).record()
+    assert "x0" in {recipe.sources[int(i)].name for i in recipe.opaque}
+    assert not len(recipe.unused)
 
 
 def test_scalar_by_item_is_a_copy(make_bench: Make) -> None:

@@ -106,10 +106,12 @@ class VllmBackend:
     def derived(self) -> Mapping[str, Sequence[str]]:
         """Return what vLLM computes from weights after loading: packed copies, absorbed projections of attention."""
         names = {id(tensor): name for name, tensor in _parameters(self._model).items()}
-        found = {}
+        found: dict[str, list[str]] = {}
         for path, module in self._deriving():
-            feeding = [names[id(p)] for p in module.parameters() if id(p) in names]
-            found[f"{path} (computed)"] = feeding
+            own = {} if processed(module) is not None else module._parameters
+            held = {id(p) for p in own.values()}
+            feeding = [names[id(p)] for p in module.parameters() if id(p) in names and id(p) not in held]
+            found |= dict.fromkeys((f"{path} (computed)", *(f"{path}.{name}" for name in own)), feeding)
         return found
 
     def rederive(self, names: Sequence[str]) -> bool:

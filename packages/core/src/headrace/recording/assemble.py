@@ -234,6 +234,10 @@ class _Assembly:
         sources = dict(self._recording.refused)
         for id_ in self._recording.leftovers:
             sources.setdefault(id_, "a source is kept outside of the known tensors")
+        if any(name in self._live and s.broken and not s.feeds for name, s in self._surfaces.items()):
+            used = {id_ for surface in self._surfaces.values() for id_ in surface.feeds}
+            for id_ in set(range(len(self._sources))) - used:
+                sources.setdefault(id_, "it may feed a tensor whose values were not followed")
         return spread(feeds, self._reasons, sources, self._rules.reload_unit)
 
     def _fill_table(self, fills: list[tuple[str, Piece]]) -> FillTable:

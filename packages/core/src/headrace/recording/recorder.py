@@ -152,11 +152,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's _
         schema = func._schema
         if schema.name in _METADATA_ONLY:
             return _run
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            return self._decompose
         if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
             return self._mutate
         if any(r.alias_info is not None for r in schema.returns):
             return _run
         return self._compute
+
+    def _decompose(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+        """Follow an operation made of others; in inference mode torch hands those over whole."""
+        with self:
+            return func.decompose(*args, **kwargs)
 
     def _copy_(self, _func: Any, args: Sequence[Any], _kwargs: Mapping[str, Any]) -> torch.Tensor:  # noqa: ANN401
         return self._copy(args[0], args[1])
