@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from rich.console import Console
 
@@ -157,7 +157,9 @@ def _timed(
 
 
 def _peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Return this process's peak; getrusage would count the parent that it was forked from."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
 def _recipes(count: int) -> tuple[ParamTable, list[LoadRecipe]]:
