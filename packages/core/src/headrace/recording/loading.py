@@ -147,11 +147,13 @@ class _Run:
 
 
 def _is_misfit(error: Exception) -> bool:
-    """Return whether an error is about a shape, and so would come with data too."""
+    """Return whether an error is about a name or a shape, and so would come with data too."""
     if isinstance(error, AssertionError) and not error.args:
         return True
     text = str(error).lower()
-    return isinstance(error, AssertionError | RuntimeError | ValueError | IndexError) and (
+    if isinstance(error, KeyError | ValueError):
+        return "meta" not in text
+    return isinstance(error, AssertionError | RuntimeError | IndexError) and (
         _SHAPE_WORDS.search(text) is not None and "meta" not in text
     )
 
