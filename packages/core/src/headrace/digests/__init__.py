@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from headrace.digests.cuda import cuda_sums
 from headrace.digests.pieces import FOLD_BYTES, MatrixRows, block_offsets
 from headrace.digests.summing import Summer
 from headrace.errors import PlanError
@@ -57,14 +58,31 @@ def digest(
     _check_ids(table, len(blocks), groups)
     _check_bounds(table, blocks)
     rows = MatrixRows.of(table, blocks)
-    parts = _balanced(rows.num_bytes, num_threads)
-    if len(parts) == 1:
-        sums = [Summer(rows, blocks).run(parts[0])]
-    else:
-        with ThreadPoolExecutor(len(parts), "headrace-digest") as pool:
-            sums = list(pool.map(lambda part: Summer(rows, blocks).run(part), parts))
-    np.add.at(out, table.group, np.concatenate(sums))
+    sums = np.zeros(len(table), np.uint64)
+    left = np.ones(len(table), np.bool_)
+    for device in {block.device for block in blocks if block.is_cuda}:
+        there = np.array([block.device == device for block in blocks])
+        chosen = np.flatnonzero(np.array(rows.simple) & there[table.block])
+        if len(chosen):
+            sums[chosen] = cuda_sums(rows, chosen, blocks, device)
+            left[chosen] = False
+    _sum_others(rows, blocks, np.flatnonzero(left), num_threads, sums)
+    np.add.at(out, table.group, sums)
     return out
+
+
+def _sum_others(
+    rows: MatrixRows, blocks: Sequence[torch.Tensor], chosen: I64, num_threads: int, sums: U64
+) -> None:
+    """Sum the chosen rows with torch, into `sums`, in threads."""
+    parts = [chosen[part.start : part.stop].tolist() for part in _balanced(rows.num_bytes[chosen], num_threads)]
+    if len(parts) == 1:
+        found = [Summer(rows, blocks).run(parts[0])]
+    else:
+        with ThreadPoolExecutor(max(len(parts), 1), "headrace-digest") as pool:
+            found = list(pool.map(lambda part: Summer(rows, blocks).run(part), parts))
+    for part, values in zip(parts, found, strict=True):
+        sums[part] = values
 
 
 def _check_ids(table: DigestTable, num_blocks: int, num_groups: int) -> None:
@@ -96,6 +114,8 @@ def _check_bounds(table: DigestTable, blocks: Sequence[torch.Tensor]) -> None:
 
 def _balanced(num_bytes: I64, num_threads: int) -> list[range]:
     """Cut rows into ranges of about equal work."""
+    if not len(num_bytes):
+        return []
     ends = np.cumsum(num_bytes + 4096)
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, num_threads) // max(num_threads, 1))
     bounds = [0, *cuts.tolist(), len(num_bytes)]

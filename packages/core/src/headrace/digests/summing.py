@@ -27,7 +27,7 @@ class Summer:
         self._flat: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._factors: dict[tuple[object, ...], torch.Tensor] = {}
 
-    def run(self, part: range) -> U64:
+    def run(self, part: Sequence[int]) -> U64:
         """Return the digests of the rows in `part`: uint64 of shape (len(part),)."""
         found: dict[torch.device, tuple[list[int], list[torch.Tensor]]] = {}
         for position, i in enumerate(part):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +17,14 @@ from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline, RingSignals
 from headrace.plan import CopyTable, TransferPlan
 from headrace.protocols import Transport
+from headrace.segments.host import MappedSegment
 from headrace.telemetry import Recorder
+from headrace.transports.binding import Program, bind_copies
 from headrace.transports.memory import MemoryTransport
-from headrace.transports.program import CopyProgram
 from headrace.types import ITEMSIZES
 
 POPULATE_CHUNK_BYTES = 16 << 20
+STAGE_COPY_S = 60.0
 
 
 class Delivery(Protocol):
@@ -50,32 +53,37 @@ class Delivery(Protocol):
 class _Bucket:
     """One bucket's copies: those into opaque buffers, which may run early, and those into live tensors."""
 
-    opaque: CopyProgram
-    live: CopyProgram
+    opaque: Program
+    live: Program
     live_rows: np.ndarray
     num_bytes: int
 
 
 def _bucket(
     plan: TransferPlan,
-    number: int,
+    bounds: tuple[int, int],
     sources: Sequence[torch.Tensor],
     blocks: list[torch.Tensor],
     *,
     undisturbed: bool,
 ) -> _Bucket:
-    """Bind one bucket's copies; `undisturbed` if nothing is fetched while they run."""
-    begin, end = int(plan.apply_starts[number]), int(plan.apply_starts[number + 1])
+    """Bind the copies of rows `[begin, end)`; `undisturbed` if nothing is fetched while they run."""
+    begin, end = bounds
     is_opaque = plan.apply.dst_block[begin:end] >= plan.num_targets
     rows = np.arange(begin, end)
     live = rows[~is_opaque]
     table = plan.apply.take(live)
     return _Bucket(
-        opaque=CopyProgram(plan.apply.take(rows[is_opaque]), sources, blocks),
-        live=CopyProgram(table, sources, blocks, undisturbed=undisturbed),
+        opaque=bind_copies(plan.apply.take(rows[is_opaque]), sources, blocks),
+        live=bind_copies(table, sources, blocks, undisturbed=undisturbed),
         live_rows=live,
         num_bytes=_live_bytes(table),
     )
+
+
+def _bounds(plan: TransferPlan) -> list[tuple[int, int]]:
+    """Return the rows of each bucket of `plan.apply`."""
+    return list(pairwise(plan.apply_starts.tolist()))
 
 
 def _live_bytes(table: CopyTable) -> int:
@@ -125,30 +133,32 @@ class DirectDelivery:
         self._buckets: list[_Bucket] = []
 
     def stage(self, deadline_s: float) -> None:
-        """Map the holders' segments, touch their pages in chunks, and build the copies' views."""
+        """Map the holders' segments, touch or page-lock them in chunks, and build the copies' views."""
+        on_gpu = any(block.is_cuda for block in self._blocks)
         with self._recorder.span("map"):
             for number, segment in enumerate(self._plan.segments):
                 holder = self._holders[int(self._plan.segment_holder[number])]
                 self._transport.open(holder, segment, deadline_s)
-                self._transport.mapping(segment.segment_id).populate(POPULATE_CHUNK_BYTES)
+                self._transport.mapping(segment.segment_id).prepare(POPULATE_CHUNK_BYTES, pin=on_gpu)
         sources = [self._transport.mapped(segment.segment_id) for segment in self._plan.segments]
+        # A GPU is given everything in one go: its copies run on while the next ones are handed over.
+        bounds = [(0, len(self._plan.apply))] if on_gpu else _bounds(self._plan)
         with self._recorder.span("build"):
-            self._buckets = [
-                _bucket(self._plan, b, sources, self._blocks, undisturbed=True)
-                for b in range(self._plan.num_buckets)
-            ]
+            self._buckets = [_bucket(self._plan, b, sources, self._blocks, undisturbed=True) for b in bounds]
         with self._recorder.span("stage"):
             for bucket in self._buckets:
                 bucket.opaque.run()
+                bucket.opaque.finish(deadline_s)
 
     def commit(self, deadline_s: float, writing: Callable[[], None], *, compare: bool) -> None:
         """Run the copies; absolute, so it may be repeated."""
         limit = time.monotonic() + deadline_s
         writing()
         for bucket in self._buckets:
-            check_deadline(limit, deadline_s)
+            left = check_deadline(limit, deadline_s)
             with self._recorder.span("copy", bucket.num_bytes):
                 bucket.live.run()
+                bucket.live.finish(left)
         if compare:
             with self._recorder.span("verify"):
                 for bucket in self._buckets:
@@ -194,8 +204,8 @@ class RingDelivery:
         depth = plan.ring.depth
         staged = depth >= plan.num_buckets
         buckets = [
-            _bucket(plan, b, [feed.slots[b % depth]], blocks, undisturbed=staged)
-            for b in range(plan.num_buckets)
+            _bucket(plan, rows, [feed.slots[b % depth]], blocks, undisturbed=staged)
+            for b, rows in enumerate(_bounds(plan))
         ]
         self._buckets = buckets
         # No stage refers to this object: engines may never collect cycles, and slots are large.
@@ -210,6 +220,12 @@ class RingDelivery:
             plan.bucket_bytes.tolist(),
         )
         self._released = 0
+
+    def _stage_opaque(self, number: int) -> None:
+        """Copy what the loader will get out of a slot; done when this returns, as the slot may be given back."""
+        program = self._buckets[number].opaque
+        program.run()
+        program.finish(STAGE_COPY_S)
 
     def stage(self, deadline_s: float) -> None:
         """Fill as many slots as there are."""
@@ -230,6 +246,7 @@ class RingDelivery:
             writing()
             with self._recorder.span("copy", bucket.num_bytes):
                 bucket.live.run()
+                bucket.live.finish(check_deadline(limit, deadline_s))
             if compare:
                 with self._recorder.span("verify"):
                     self._differences.check(bucket)
@@ -263,12 +280,21 @@ def check_deadline(limit: float, deadline_s: float) -> float:
 
 
 def tcp_feed(
-    plan: TransferPlan, holders: Sequence[HolderAddress], transport: Transport, deadline_s: float
+    plan: TransferPlan,
+    holders: Sequence[HolderAddress],
+    transport: Transport,
+    deadline_s: float,
+    *,
+    pinned: bool,
 ) -> Feed:
-    """Return a feed that reads each bucket's bytes over `transport` into memory of this worker."""
+    """Return a feed that reads each bucket's bytes over `transport` into memory of this worker.
+
+    `pinned` slots are page-locked: a GPU copies out of them.
+    """
     for number, segment in enumerate(plan.segments):
         transport.open(holders[int(plan.segment_holder[number])], segment, deadline_s)
-    slots = [torch.empty(plan.ring.slot_bytes, dtype=torch.uint8) for _ in range(plan.ring.depth)]
+    size, depth = plan.ring.slot_bytes, plan.ring.depth
+    slots = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(depth)]
 
     def fetch(bucket: int, slot: int) -> None:
         rows = plan.fill.take(slice(int(plan.fill_starts[bucket]), int(plan.fill_starts[bucket + 1])))
@@ -278,21 +304,25 @@ def tcp_feed(
 
 
 def broadcast_feed(
-    plan: TransferPlan, ring: torch.Tensor, signals: RingSignals, receiver: int, deadline_s: float
+    plan: TransferPlan, ring: MappedSegment, signals: RingSignals, receiver: int, deadline_s: float
 ) -> Feed:
-    """Return a feed that waits for the broadcasting holder of this host to fill its slots."""
+    """Return a feed that waits for the broadcasting holder of this host to fill its slots; it closes `ring`."""
     size = plan.ring.slot_bytes
-    slots = [ring[slot * size : (slot + 1) * size] for slot in range(plan.ring.depth)]
+    slots = [ring.tensor[slot * size : (slot + 1) * size] for slot in range(plan.ring.depth)]
     closed = threading.Event()
 
     def check_open() -> None:
         if closed.is_set():
             raise TransportClosedError("the ring was closed")
 
+    def close() -> None:
+        closed.set()
+        ring.close()
+
     return Feed(
         "arrive",
         slots,
         lambda bucket, _slot: signals.wait_filled(bucket + 1, deadline_s, check_open),
         lambda count: signals.applied(receiver, count),
-        closed.set,
+        close,
     )

@@ -26,6 +26,7 @@ from headrace.planner import receiver_digests
 from headrace.protocols import Ticket
 from headrace.receiver.blocks import Destinations, write_fills
 from headrace.receiver.delivery import (
+    POPULATE_CHUNK_BYTES,
     Delivery,
     Differences,
     DirectDelivery,
@@ -33,6 +34,7 @@ from headrace.receiver.delivery import (
     broadcast_feed,
     tcp_feed,
 )
+from headrace.receiver.devices import WorkerDevice
 from headrace.recipe import LoadRecipe
 from headrace.segments.lending import borrow, probe
 
@@ -55,6 +57,7 @@ class Session:
         self.alive = True
         self._receiver = receiver
         self._backend = receiver.backend
+        self._device = WorkerDevice(receiver.backend.identity().device)
         self._dialer: Dialer | None = None
         self._state = "enrolled"
         self._version = -1
@@ -125,8 +128,9 @@ class Session:
             if handler is None:
                 text = f"{type(message).__name__} has no place in state {self._state!r}"
                 raise LocalProtocolError(text)
-            with torch.inference_mode():
+            with self._device.scope(), torch.inference_mode():
                 reply = handler(message)
+                self._device.settle()
         except Exception as error:  # noqa: BLE001 - the rank boundary
             logger.warning("update %s failed in %s: %s", self.ticket.update_id, phase, error)
             state = self._receiver.weights_state
@@ -182,10 +186,13 @@ class Session:
             ring = borrow(address.holder.unix_socket, address.ring, PROBE_DEADLINE_S)
             signals = borrow(address.holder.unix_socket, address.signals, PROBE_DEADLINE_S, writable=True)
             words = RingSignals(signals.tensor)
-            feed = broadcast_feed(plan, ring.tensor, words, address.slot_index, message.deadline_s)
+            if self._device.is_cuda:
+                ring.prepare(POPULATE_CHUNK_BYTES, pin=True)
+            feed = broadcast_feed(plan, ring, words, address.slot_index, message.deadline_s)
         else:
             transport = self._receiver.transport(plan.transport)
-            feed = tcp_feed(plan, message.holders, transport, message.deadline_s)
+            pinned = self._device.is_cuda
+            feed = tcp_feed(plan, message.holders, transport, message.deadline_s, pinned=pinned)
         return RingDelivery(plan, feed, blocks, differences, recorder, self._check_alive)
 
     def _prepare(self, _message: wire.Prepare) -> wire.Message:
@@ -208,6 +215,7 @@ class Session:
             write_fills(recipe.fills, targets.targets)
             self._reload(targets)
             self._backend.rederive(tuple(self._backend.derived()))
+            self._device.settle()
         sums = np.zeros(0, np.uint64)
         if self._verify == "digest":
             with recorder.span("verify"):
@@ -261,7 +269,7 @@ class Session:
         if targets is None or not targets.opaque:
             return
         try:
-            with torch.inference_mode():
+            with self._device.scope(), torch.inference_mode():
                 self._receiver.recipes.prove_with(metas_key, targets.opaque)
         except HeadraceError as error:
             logger.warning("the recorded recipe could not be proven, updates stay with the loader: %s", error)

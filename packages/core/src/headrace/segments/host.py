@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Callable
 from typing import Self
 
@@ -23,8 +24,10 @@ from headrace.errors import (
 )
 from headrace.manifest import SegmentDescriptor
 from headrace.segments.capacity import require_memory
+from headrace.segments.pinning import PinnedRange
 
 PAGE = mmap.PAGESIZE
+_BREATH_S = 2e-4
 _MADV_POPULATE_READ = 22
 _SEAL_FUTURE_WRITE = 0x10
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -126,6 +129,7 @@ class MappedSegment:
 
     def __init__(self, fd: int, descriptor: SegmentDescriptor, *, writable: bool = False) -> None:
         self.descriptor = descriptor
+        self._pinned: PinnedRange | None = None
         _check_lent(fd, descriptor)
         try:
             self._tensor: torch.Tensor | None = _map_tensor(fd, descriptor.num_bytes, writable=writable)
@@ -164,8 +168,27 @@ class MappedSegment:
             if between is not None:
                 between()
 
+    def prepare(self, chunk_bytes: int, *, pin: bool) -> None:
+        """Make all pages ready to be copied from, once: mapped, and for copies by a GPU page-locked until `close`.
+
+        Blocking, without the GIL, chunk by chunk with a breath in between: the driver lets nobody else in meanwhile.
+
+        Raises:
+            TransportError: The kernel could not bring a page in.
+            CapacityError: A limit on locked memory.
+            BackendUnavailableError: The driver cannot page-lock read-only mappings.
+        """
+        if self._pinned is None:
+            self.populate(chunk_bytes)
+            if pin:
+                address, size = self.tensor.data_ptr(), self.descriptor.num_bytes
+                self._pinned = PinnedRange(address, size, lambda: time.sleep(_BREATH_S))
+
     def close(self) -> None:
-        """Unmap once no view is left; idempotent."""
+        """Unmap once no view is left; idempotent. No GPU may be reading it any more."""
+        if self._pinned is not None:
+            self._pinned.close()
+            self._pinned = None
         self._tensor = None
 
     def __enter__(self) -> Self:

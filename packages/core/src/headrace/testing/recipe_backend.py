@@ -26,6 +26,7 @@ class RecipeBackend:
         world_size: Workers of the instance.
         budget_bytes: What it says is free for staging.
         loaded_from: Checkpoint folder to load at the start; None leaves zeros, as after a dummy start.
+        device: Where its tensors lie, as torch names it.
     """
 
     def __init__(
@@ -36,9 +37,12 @@ class RecipeBackend:
         *,
         budget_bytes: int = 4 << 30,
         loaded_from: str | None = None,
+        device: str = "cpu",
     ) -> None:
         self._recipe = recipe
-        self._identity = WorkerIdentity(worker, world_size, "cpu", f"cpu-{worker.rank}", f"recipe {recipe.key}")
+        self._identity = WorkerIdentity(
+            worker, world_size, device, f"{device}-{worker.rank}", f"recipe {recipe.key}"
+        )
         self._live = self._make_live(recipe)
         self._budget_bytes = budget_bytes
         self._loaded_from = loaded_from
@@ -57,7 +61,10 @@ class RecipeBackend:
 
     def skeleton(self) -> Skeleton:
         """The same tensors on the meta device, with their strides, and the same loader."""
-        meta = {n: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for n, t in self._live.items()}
+        meta = {
+            name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            for name, tensor in self._live.items()
+        }
         recipe = self._recipe
         return Skeleton(meta, lambda pairs: write_recipe(recipe, meta, pairs))
 
@@ -107,7 +114,8 @@ class RecipeBackend:
         self.version = version
 
     def _make_live(self, recipe: LoadRecipe) -> dict[str, torch.Tensor]:
-        return {m.name: torch.zeros(m.shape, dtype=getattr(torch, m.dtype)) for m in recipe.targets}
+        device = self._identity.device
+        return {m.name: torch.zeros(m.shape, dtype=getattr(torch, m.dtype), device=device) for m in recipe.targets}
 
     def _load_checkpoint(self, folder: str) -> None:
         source = CheckpointSource(folder)

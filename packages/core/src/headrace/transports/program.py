@@ -69,7 +69,7 @@ class CopyProgram:
     ) -> None:
         rows = np.flatnonzero(copies.num_elements)
         copies = copies.take(rows)
-        _check_dtypes(copies, destinations)
+        check_dtypes(copies, destinations)
         source = _Side.of(Rows.sources(copies), sources, "source")
         target = _Side.of(Rows.destinations(copies), destinations, "destination")
         moved = np.full(len(rows), undisturbed) & (copies.src_dtype == copies.dst_dtype)
@@ -111,6 +111,9 @@ class CopyProgram:
             for uneven in self._casts:
                 uneven.destination.copy_(uneven.cast())
 
+    def finish(self, deadline_s: float) -> None:
+        """Return at once: copies between host memory are done when `run` returns."""
+
     def differences(self) -> list[int]:
         """Return the rows whose destination does not have the bits that `run` writes, in ascending order.
 
@@ -139,8 +142,8 @@ class _Side:
     @classmethod
     def of(cls, rows: Rows, blocks: Sequence[torch.Tensor], side: str) -> _Side:
         """Check that every row lies inside its block, and count its bytes from the block's storage."""
-        rows.check(_per_block(rows.block, blocks, addressable_bytes).tolist(), side)
-        begin = _per_block(rows.block, blocks, _first_byte)[rows.block]
+        rows.check(per_block(rows.block, blocks, addressable_bytes).tolist(), side)
+        begin = per_block(rows.block, blocks, _first_byte)[rows.block]
         return cls(Rows(rows.block, rows.base + begin, rows.strides, rows.shape, rows.dtype), blocks)
 
     def take(self, rows: Mask) -> _Side:
@@ -149,13 +152,13 @@ class _Side:
     @property
     def plain(self) -> Mask:
         """Whether a row is dense and lies in host memory, shape (N,)."""
-        on_host = _per_block(self._rows.block, self._blocks, lambda block: block.device.type == "cpu")
+        on_host = per_block(self._rows.block, self._blocks, lambda block: block.device.type == "cpu")
         return np.asarray(self._rows.dense & (on_host[self._rows.block] != 0))
 
     def addresses(self, rows: Mask) -> I64:
         """Return where the chosen rows begin in this process's memory."""
         chosen = self._rows.take(rows)
-        begin = _per_block(chosen.block, self._blocks, lambda block: block.untyped_storage().data_ptr())
+        begin = per_block(chosen.block, self._blocks, lambda block: block.untyped_storage().data_ptr())
         return np.asarray(begin[chosen.block] + chosen.base)
 
     def num_bytes(self, rows: Mask) -> I64:
@@ -191,7 +194,7 @@ class _Side:
         return found
 
 
-def _per_block(used: I32, blocks: Sequence[torch.Tensor], fact: Callable[[torch.Tensor], int]) -> I64:
+def per_block(used: I32, blocks: Sequence[torch.Tensor], fact: Callable[[torch.Tensor], int]) -> I64:
     """Return a fact of each used block, 0 for the others: a model has thousands, a bucket uses few."""
     found = np.zeros(len(blocks), np.int64)
     for block in np.unique(used).tolist():
@@ -220,7 +223,12 @@ def is_flat(block: torch.Tensor) -> bool:
     return block.dtype == torch.uint8 and block.ndim == 1 and block.is_contiguous()
 
 
-def _check_dtypes(copies: CopyTable, destinations: Sequence[torch.Tensor]) -> None:
+def check_dtypes(copies: CopyTable, destinations: Sequence[torch.Tensor]) -> None:
+    """Check that destinations that are no plain bytes have the dtype of what is written into them.
+
+    Raises:
+        PlanError: One has another.
+    """
     for index in np.unique(copies.dst_block).tolist():
         if not 0 <= index < len(destinations) or is_flat(destinations[index]):
             continue
@@ -243,5 +251,6 @@ def _same(source: torch.Tensor, destination: torch.Tensor) -> bool:
 
 def _same_values(expected: torch.Tensor, found: torch.Tensor) -> bool:
     bits = _TORCH[_BITS_CODE[dtype_code(str(found.dtype).removeprefix("torch."))]]
-    equal = expected.view(bits) == found.to(expected.device).view(bits)
+    found = found.to(expected.device)
+    equal = expected.view(bits) == found.view(bits)
     return bool(equal.all()) or bool((equal | (expected.float().isnan() & found.float().isnan())).all())

@@ -1,0 +1,157 @@
+"""The CUDA runtime that torch has loaded, as far as torch does not offer it: page-locking and batched copies."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.errors import BackendUnavailableError, CapacityError, HeadraceError, TransportError
+from headrace.types import I64
+
+_SUCCESS = 0
+_INVALID_VALUE = 1
+_OUT_OF_MEMORY = 2
+_DEFAULT_KIND = 4
+_REGISTER_READ_ONLY = 0x8
+_REGISTER_PORTABLE = 0x1
+_ALREADY_REGISTERED = 712
+_NOT_SUPPORTED = 801
+_ACCESS_ORDER_STREAM = 1
+_BATCH_SINCE = 12080
+_BATCH_WITHOUT_FAIL_INDEX_SINCE = 13000
+
+_ERRORS: dict[int, tuple[type[HeadraceError], str]] = {
+    _INVALID_VALUE: (TransportError, "the memory is not what it was announced to be; report this"),
+    _OUT_OF_MEMORY: (
+        CapacityError,
+        "raise `ulimit -l`, the container's memory limit, or free memory of the host",
+    ),
+    _ALREADY_REGISTERED: (
+        TransportError,
+        "another part of this process has page-locked it; give it another mapping",
+    ),
+    _NOT_SUPPORTED: (
+        BackendUnavailableError,
+        "this driver cannot page-lock read-only mappings; update it, or use `--transport tcp`",
+    ),
+}
+
+
+class CudaRuntime:
+    """Calls of `libcudart` on the calling thread's current device; failures become Headrace errors.
+
+    Args:
+        library: The loaded library.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        version = ctypes.c_int()
+        self._check(library.cudaRuntimeGetVersion(ctypes.byref(version)), "asking for the CUDA version")
+        self.version = version.value
+        self._attributes = (ctypes.c_int * 6)(_ACCESS_ORDER_STREAM)
+        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Page-lock memory that is mapped read-only, so that every device of this process can read it.
+
+        Raises:
+            CapacityError: A limit on locked memory.
+            BackendUnavailableError: The driver cannot do it.
+        """
+        code = self._library.cudaHostRegister(
+            ctypes.c_void_p(address),
+            ctypes.c_size_t(num_bytes),
+            ctypes.c_uint(_REGISTER_READ_ONLY | _REGISTER_PORTABLE),
+        )
+        self._check(code, f"page-locking {num_bytes} bytes for copies by the GPU")
+
+    def unregister(self, address: int) -> None:
+        """Take `register` back."""
+        self._check(
+            self._library.cudaHostUnregister(ctypes.c_void_p(address)), "giving page-locked memory back"
+        )
+
+    def copy(self, destinations: I64, sources: I64, num_bytes: I64, stream: int) -> None:
+        """Enqueue dense copies between any two memories; returns before they are done.
+
+        Args:
+            destinations: Addresses, shape (N,); must stay alive and untouched until the stream has passed.
+            sources: Addresses, shape (N,).
+            num_bytes: Sizes, shape (N,).
+            stream: A stream of its own, never the default one: batches refuse that.
+        """
+        if self.version >= _BATCH_SINCE:
+            self._copy_batch(destinations, sources, num_bytes, stream)
+            return
+        handle, submit = ctypes.c_void_p(stream), self._library.cudaMemcpyAsync
+        for destination, source, size in zip(
+            destinations.tolist(), sources.tolist(), num_bytes.tolist(), strict=True
+        ):
+            code = submit(
+                ctypes.c_void_p(destination),
+                ctypes.c_void_p(source),
+                ctypes.c_size_t(size),
+                _DEFAULT_KIND,
+                handle,
+            )
+            self._check(code, f"copying {size} bytes")
+
+    def _copy_batch(self, destinations: I64, sources: I64, num_bytes: I64, stream: int) -> None:
+        first = ctypes.c_size_t(0)
+        fail = ctypes.c_size_t(0)
+        fail_index = () if self.version >= _BATCH_WITHOUT_FAIL_INDEX_SINCE else (ctypes.byref(fail),)
+        code = self._library.cudaMemcpyBatchAsync(
+            _pointer(destinations), _pointer(sources), _pointer(num_bytes), ctypes.c_size_t(len(num_bytes)),
+            self._attributes, ctypes.byref(first), ctypes.c_size_t(1), *fail_index, ctypes.c_void_p(stream),
+        )  # fmt: skip
+        self._check(code, f"copying {len(num_bytes)} pieces, {int(num_bytes.sum())} bytes")
+
+    def copy_2d(self, columns: npt.NDArray[np.int64], stream: int) -> None:
+        """Enqueue strided copies; rows of `columns` are (destination, its pitch, source, its pitch, width, rows)."""
+        handle, submit = ctypes.c_void_p(stream), self._library.cudaMemcpy2DAsync
+        kinds = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, *(ctypes.c_size_t,) * 3)
+        for row in columns.tolist():
+            code = submit(
+                *(kind(value) for kind, value in zip(kinds, row, strict=True)), _DEFAULT_KIND, handle
+            )
+            self._check(code, f"copying {row[5]} rows of {row[4]} bytes")
+
+    def _check(self, code: int, doing: str) -> None:
+        """Map a return code; the runtime would otherwise hand it to torch's next call as well.
+
+        Raises:
+            HeadraceError: The code is not success; the class is the one of `_ERRORS`, else TransportError.
+        """
+        if code == _SUCCESS:
+            return
+        self._library.cudaGetLastError()
+        kind, way_out = _ERRORS.get(
+            code, (TransportError, "see the CUDA error; restart the engine if it stays")
+        )
+        text = self._library.cudaGetErrorString(code)
+        reason = text.decode() if text else "unknown"
+        raise kind(f"{doing} failed: CUDA error {code} ({reason}); {way_out}")
+
+
+def _pointer(values: npt.NDArray[np.int64]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(values.ctypes.data)
+
+
+@lru_cache
+def cuda_runtime() -> CudaRuntime:
+    """Return the runtime library that torch has loaded into this process.
+
+    Raises:
+        BackendUnavailableError: torch was built without CUDA, or its runtime cannot be found.
+    """
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        path = line.partition("/")[2]
+        if path.rpartition("/")[2].startswith("libcudart.so"):
+            return CudaRuntime(ctypes.CDLL(f"/{path}"))
+    message = "no CUDA runtime is loaded in this process; install a torch that is built for CUDA"
+    raise BackendUnavailableError(message, name="libcudart")
