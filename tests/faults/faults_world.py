@@ -52,7 +52,9 @@ class Layout:
 class StridedBackend(RecipeBackend):
     """Its live tensors have gaps between their rows."""
 
-    def __init__(self, recipe: LoadRecipe, worker: WorkerId, world_size: int, layout: Layout, folder: str | None) -> None:
+    def __init__(
+        self, recipe: LoadRecipe, worker: WorkerId, world_size: int, layout: Layout, folder: str | None
+    ) -> None:
         self._padding = layout.padding
         super().__init__(recipe, worker, world_size, budget_bytes=layout.budget_bytes, loaded_from=folder)
 
@@ -123,10 +125,14 @@ def make_worker(worker: WorkerId, world_size: int, layout: Layout, folder: str |
 def make_tensors(seed: int, params: ParamTable = PARAMS) -> dict[str, torch.Tensor]:
     """Return random weights of any bit pattern that is a number."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        meta.name: torch.randint(-(2**14), 2**14, meta.shape, generator=generator, dtype=torch.int16).view(torch.bfloat16)
-        for meta in params
-    }
+    return {meta.name: _random_bits(meta.shape, generator) for meta in params}
+
+
+def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return finite numbers of either sign below two."""
+    magnitude = torch.randint(0, 0x4000, shape, generator=generator, dtype=torch.int32)
+    sign = torch.randint(0, 2, shape, generator=generator, dtype=torch.int32) << 15
+    return (magnitude | sign).to(torch.int16).view(torch.bfloat16)
 
 
 def make_checkpoint(folder: Path, seed: int, num_files: int = 2) -> Path:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_bytes
 
@@ -46,6 +47,7 @@ from headrace.transports.tcp_server import TcpServer
 logger = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.1
 SETTLE_S = 5.0
+GIVE_UP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +321,15 @@ def source_from(spec: dict[str, object]) -> WeightSource:
     return TensorSource({})
 
 
+def _give_up(ticket: HolderTicket, error: HeadraceError) -> None:
+    """Dial in only to say why this holder cannot be, and wait until that is heard."""
+    with Dialer(ticket.endpoint, ticket.server_key) as dialer:
+        dialer.send(wire.HolderHello(token=ticket.token, index=ticket.index, pid=os.getpid()))
+        dialer.send(wire.Failed(failure=RemoteFailure.of(error, phase="read")))
+        with suppress(HeadraceError):
+            dialer.receive(GIVE_UP_S)
+
+
 def _leave_with_parent(holder: Holder) -> None:
     """End this process when stdin closes: the parent holds the other end for its whole life."""
     sys.stdin.read()
@@ -331,7 +342,12 @@ def main() -> None:
     spec = json.loads(sys.stdin.readline())
     logging.basicConfig(level=spec.get("log_level", "WARNING"))
     torch.set_num_threads(1)
-    holder = Holder(source_from(spec), HolderTicket(**spec["ticket"]), host_settings())
+    ticket = HolderTicket(**spec["ticket"])
+    try:
+        holder = Holder(source_from(spec), ticket, host_settings())
+    except HeadraceError as error:
+        _give_up(ticket, error)
+        return
     threading.Thread(target=_leave_with_parent, args=(holder,), daemon=True).start()
     holder.run()
     sys.stderr.flush()

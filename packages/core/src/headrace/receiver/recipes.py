@@ -19,9 +19,10 @@ from headrace.recipe import LoadRecipe
 from headrace.recording import RecipeCache, opaque_recipe, prove, record, whole_tensors
 from headrace.store.checkpoint import CheckpointSource
 from headrace.telemetry import Recorder
-from headrace.types import ParamTable
+from headrace.types import DTYPES, ParamTable, dtype_code
 
 logger = logging.getLogger(__name__)
+SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class RecipeBook:
         return None
 
     def _make(self, metas: ParamTable) -> Entry:
-        self._check_shapes(metas)
+        self._check_kinds(metas)
         identity = self._backend.identity()
         cached = self._cache.get(identity.layout, metas)
         if cached is not None:
@@ -106,11 +107,11 @@ class RecipeBook:
             self._through_loader(recorded, metas), recorded
         )
 
-    def _check_shapes(self, metas: ParamTable) -> None:
-        """Refuse a source whose tensors have other shapes than those of the checkpoint that the engine started from.
+    def _check_kinds(self, metas: ParamTable) -> None:
+        """Refuse a source whose tensors have other shapes or kinds of elements than the engine's own checkpoint.
 
-        A loader that raises on them while it is recorded looks like one that needs data: they would be opaque, and
-        would fail only in the commit.
+        A loader that raises on a shape while it is recorded looks like one that needs data: the tensor would be
+        opaque, and would fail only in the commit. One that copies integers into floats does so without a word.
 
         Raises:
             ManifestMismatchError: Lists every difference.
@@ -119,17 +120,17 @@ class RecipeBook:
         if own is None:
             return
         with closing(own):
-            shapes = {meta.name: meta.shape for meta in own.metadata()}
+            known = {meta.name: meta for meta in own.metadata()}
+        pairs = [(meta, known[meta.name]) for meta in metas if meta.name in known]
         wrong = [
-            f"{meta.name}: {meta.shape}, the engine's checkpoint has {shapes[meta.name]}"
-            for meta in metas
-            if shapes.get(meta.name, meta.shape) != meta.shape
+            f"{meta.name} is {meta.dtype} {meta.shape}, the engine's checkpoint has {mine.dtype} {mine.shape}"
+            for meta, mine in pairs
+            if meta.shape != mine.shape or not _castable(meta.dtype, mine.dtype)
         ]
         if wrong:
-            message = (
-                f"the source is of another model: {len(wrong)} tensors have other shapes, e.g. {wrong[0]}"
-            )
-            raise ManifestMismatchError(message, wrong, phase="describe")
+            shown = "; ".join(wrong[:SHOWN]) + ("; ..." if len(wrong) > SHOWN else "")
+            message = f"the source is of another model, {len(wrong)} tensors differ: {shown}"
+            raise ManifestMismatchError(message, wrong, phase="describe", name=wrong[0].split(" ")[0])
 
     def _own_checkpoint(self) -> CheckpointSource | None:
         """Return the checkpoint that the engine started from, where it still can be read."""
@@ -171,3 +172,9 @@ class RecipeBook:
 
     def _live(self) -> Mapping[str, torch.Tensor]:
         return self._backend.live_tensors()
+
+
+def _castable(source: str, own: str) -> bool:
+    """Return whether elements of `source` may stand where the engine knows `own`: equal, or both plain floats."""
+    kinds = {DTYPES[dtype_code(name)].kind for name in (source, own)}
+    return source == own or kinds == {"float"}

@@ -67,6 +67,7 @@ class HolderPool:
         """Have at least `count` live holders; a checkpoint is divided again when their number changes.
 
         Raises:
+            PeerLostError: A holder's process ended before it was up.
             TransferTimeoutError: A holder did not come up.
         """
         count = self._launch.world_size if self._launch else count
@@ -87,8 +88,15 @@ class HolderPool:
             lambda p: isinstance(p.hello, wire.HolderHello) and p.hello.token in tokens,
             STARTUP_S,
             "holders",
+            self._check_processes,
         )
         self.peers = sorted(found, key=lambda peer: peer.key)
+
+    def _check_processes(self) -> None:
+        for process in self._processes:
+            if process.poll() not in (None, 0):
+                text = f"a holder process ended with code {process.returncode} before it was up; see its messages"
+                raise PeerLostError(text, phase="read")
 
     def publish(
         self, version: int, deadlines: Deadlines, progress: ProgressCallback | None = None

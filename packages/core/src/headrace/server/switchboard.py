@@ -166,11 +166,23 @@ class Switchboard:
         self._thread.start()
 
     def arrivals(
-        self, count: int, wanted: Callable[[Peer], bool], deadline_s: float, what: str
+        self,
+        count: int,
+        wanted: Callable[[Peer], bool],
+        deadline_s: float,
+        what: str,
+        alive: Callable[[], None] = lambda: None,
     ) -> list[Peer]:
         """Wait until `count` peers that are `wanted` have presented themselves; others are sent away.
 
         So is who had come, when the wait fails: a receiver must not wait for an update that will not be.
+
+        Args:
+            count: How many.
+            wanted: Whether a peer is one of them.
+            deadline_s: Limit.
+            what: What they are, for messages.
+            alive: Called now and then while waiting; may raise to break the wait off.
 
         Raises:
             VersionSkewError: Fewer came, and one that spoke another protocol version was refused.
@@ -178,18 +190,28 @@ class Switchboard:
         """
         limit = time.monotonic() + deadline_s
         found: list[Peer] = []
-        while len(found) < count:
-            try:
-                peer = self._arrived.get(timeout=max(0.0, limit - time.monotonic()))
-            except queue.Empty:
-                self._dismiss(found)
-                raise self._too_few(found, count, f"{what} did not dial in within {deadline_s:.0f} s") from None
-            if wanted(peer):
-                found.append(peer)
-            else:
-                self._dismiss([peer])
+        try:
+            while len(found) < count:
+                peer = self._arrival(limit)
+                if peer is None:
+                    alive()
+                    if time.monotonic() >= limit:
+                        raise self._too_few(found, count, f"{what} did not dial in within {deadline_s:.0f} s")
+                elif wanted(peer):
+                    found.append(peer)
+                else:
+                    self._dismiss([peer])
+        except HeadraceError:
+            self._dismiss(found)
+            raise
         self.hub.take_refusals()
         return found
+
+    def _arrival(self, limit: float) -> Peer | None:
+        try:
+            return self._arrived.get(timeout=max(0.0, min(WATCH_S, limit - time.monotonic())))
+        except queue.Empty:
+            return None
 
     def _too_few(self, found: Sequence[Peer], count: int, what: str) -> HeadraceError:
         came = ", ".join(_label(peer.key) for peer in found) or "nobody"

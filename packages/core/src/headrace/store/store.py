@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -188,10 +189,13 @@ class Store:
         reading = _Reading(self._source, chosen)
         try:
             reading.run(self._num_threads, progress, end)
-        except BaseException:
+        except BaseException as error:
+            # The failed reader's frames view the segments, and futures and errors keep each other: a cycle.
+            traceback.clear_frames(error.__traceback__)
+            is_idle = reading.forget()
             with self._lock:
                 # A reader that hangs could still write: segments it may touch are never used again.
-                if reading.idle() and not self._closed:
+                if is_idle and not self._closed:
                     self._free.append(chosen)
                 else:
                     chosen.close()
@@ -287,9 +291,11 @@ class _Reading:
             left = max(0.0, min(end - time.monotonic(), Deadlines().heartbeat_s))
             wait(self._futures, timeout=left)
 
-    def idle(self) -> bool:
-        """Return whether no reader is at work any more."""
-        return all(future.done() for future in self._futures)
+    def forget(self) -> bool:
+        """Let go of what readers returned or raised; returns whether none is at work any more."""
+        is_idle = all(future.done() for future in self._futures)
+        self._futures = []
+        return is_idle
 
     def _wait(self, progress: Progress | None, end: float) -> None:
         pending: Iterable[Future[None]] = self._futures

@@ -169,7 +169,7 @@ class BareControl:
         self._engine.paused = True
         self._engine.pauses += 1
 
-    def confirm(self, version: int, deadline_s: float) -> None:  # noqa: ARG002
+    def confirm(self, version: int, deadline_s: float) -> None:
         """Do nothing: the workers report the version."""
 
     def resume(self, deadline_s: float) -> None:  # noqa: ARG002

@@ -45,7 +45,7 @@ class LocalEngine:
         self.paused = True
         self.pauses += 1
 
-    def confirm(self, version: int, deadline_s: float) -> None:  # noqa: ARG002
+    def confirm(self, version: int, deadline_s: float) -> None:
         """Do nothing: the workers report the version."""
 
     def resume(self, deadline_s: float) -> None:  # noqa: ARG002
