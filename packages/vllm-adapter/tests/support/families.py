@@ -38,13 +38,19 @@ _MLA = {
 
 @dataclass(frozen=True)
 class Family:
-    """One family: `kind` is transformers' model type, `packed` whether vLLM's CPU kernels run it as installed."""
+    """One family: `kind` is transformers' model type.
+
+    Attributes:
+        packed: Whether vLLM's CPU kernels, as installed, run it rightly at all.
+        rewritten: Whether vLLM rewrites some of its weights on plain kernels too.
+    """
 
     name: str
     kind: str
     extents: Mapping[str, Any]
     tie: bool = False
     packed: bool = True
+    rewritten: bool = False
     engine: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, folder: Path, seed: int) -> Path:
@@ -67,8 +73,8 @@ FAMILIES = {
         Family("mixtral", "mixtral", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
         Family("phi3", "phi3", {**_COMMON, "hidden_size": 128, "rope_scaling": None}),
         Family("gpt2", "gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}, tie=True),
-        Family("deepseek-v2", "deepseek_v2", {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}, packed=False),
-        Family("deepseek-v3", "deepseek_v3", {**_MLA, "q_lora_rank": 32, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}, packed=False),
+        Family("deepseek-v2", "deepseek_v2", {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}, packed=False, rewritten=True),
+        Family("deepseek-v3", "deepseek_v3", {**_MLA, "q_lora_rank": 32, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}, packed=False, rewritten=True),
         Family(
             "gpt-oss",
             "gpt_oss",

@@ -83,6 +83,10 @@ def _rotate(self: Any, positions: Any, query: Any, key: Any = None, *args: Any, 
     return _rope(self, positions, query, key, *args, **kwargs)
 
 
+class Unpacked:
+    """Worker extension that does nothing but import this module in every worker, before the model is built."""
+
+
 layer_utils.dispatch_cpu_unquantized_gemm = _dispatch
 for _experts in (cpu_moe.CPUUnquantizedExperts, cpu_moe.X86CPUUnquantizedExperts):
     _experts.process_weights_after_loading = _no_packing

@@ -1,0 +1,50 @@
+"""What needs the real engine is left out where there is none; nothing here stands in for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SUPPORT = Path(__file__).parent / "support"
+sys.path.insert(0, str(SUPPORT))
+
+from prompts import PROMPT, RunOffline
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+collect_ignore = [] if HAS_VLLM else ["test_families.py", "test_server.py", "test_parallel.py", "test_offline.py"]
+
+
+
+@pytest.fixture(autouse=True)
+def socket_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set the socket folder for this process and all that it starts."""
+    folder = Path(tmp_path_factory.mktemp("s", numbered=True))
+    folder.chmod(0o700)
+    monkeypatch.setenv("HEADRACE_SOCKET_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def run_offline(tmp_path: Path) -> RunOffline:
+    """Return a function that runs `offline_child.py` and returns its results."""
+
+    def run(checkpoints: list[Path], *, unpacked: bool = False, num_tokens: int = 12, **engine: object) -> list[dict[str, Any]]:
+        spec, out = tmp_path / "spec.json", tmp_path / "out.json"
+        told = {"checkpoints": [str(c) for c in checkpoints], "prompt": PROMPT, "num_tokens": num_tokens}
+        spec.write_text(json.dumps(told | {"unpacked": unpacked, "engine": engine}))
+        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        quiet["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        command = [sys.executable, str(SUPPORT / "offline_child.py"), str(spec), str(out)]
+        done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=170, check=False)
+        assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+        return results
+
+    return run

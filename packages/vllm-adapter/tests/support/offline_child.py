@@ -1,0 +1,57 @@
+"""Runs an `LLM` in this one process through updates, and prints what it answered: `python offline_child.py SPEC.json`.
+
+SPEC holds `checkpoints` (the first is the engine's own), `prompt`, `num_tokens`, `unpacked`, `engine` (options of `LLM`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Answer, update, answer again, for every checkpoint."""
+    if spec["unpacked"]:
+        import nopack  # noqa: F401 - it changes vLLM when it is imported
+    from vllm import LLM, SamplingParams
+
+    import headrace_vllm
+    from headrace.errors import HeadraceError
+    from headrace.server.parameter_server import ParameterServer
+
+    small = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_model_len": 512, "dtype": "float32"}
+    llm = LLM(spec["checkpoints"][0], **{**small, "weight_transfer_config": {"backend": "headrace"}, **spec["engine"]})
+    sampling = SamplingParams(temperature=0, max_tokens=spec["num_tokens"], ignore_eos=True, logprobs=1)
+
+    def answer() -> dict[str, Any]:
+        out = llm.generate([{"prompt_token_ids": spec["prompt"]}], sampling, use_tqdm=False)[0].outputs[0]
+        return {
+            "tokens": list(out.token_ids),
+            "logprobs": [out.logprobs[i][t].logprob for i, t in enumerate(out.token_ids)],
+        }
+
+    control = headrace_vllm.attach(llm)
+    results: list[dict[str, Any]] = [{"answer": answer(), "version": control.served_version(10)}]
+    for checkpoint in spec["checkpoints"][1:]:
+        result: dict[str, Any] = {}
+        with ParameterServer(checkpoint) as server:
+            try:
+                report = server.update(control, verify=spec.get("verify", "digest"))
+                result["opaque"] = len(report.workers[0].opaque_names)
+                result["unused"] = list(report.unused_names)
+            except HeadraceError as error:
+                result["error"], result["weights_state"] = str(error), error.weights_state
+        results.append(result | {"answer": answer(), "version": control.served_version(10)})
+    return {"results": results}
+
+
+if __name__ == "__main__":
+    told = main(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(told))
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,127 @@
+"""A real vLLM server in processes of its own, and what is asked of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from headrace.testing.engine_process import free_port
+
+START_S = 150.0
+SUPPORT = Path(__file__).parent
+TRANSFER = '{"backend":"headrace"}'
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+SMALL = ("--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "512", "--dtype", "float32")
+
+
+class VllmServer:
+    """One server; ready when constructed. Use as a context.
+
+    Args:
+        model: Folder of the model.
+        options: Further options of the server.
+        extension: Take tickets by the worker extension instead of the weight-transfer engine.
+        unpacked: Keep live weights in the loader's layout.
+        dev_mode: Whether the routes for updates exist.
+        log: File that its output goes to.
+        port: Port to listen on; None takes a free one.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *options: str,
+        log: Path,
+        extension: bool = False,
+        unpacked: bool = False,
+        dev_mode: bool = True,
+        port: int | None = None,
+    ) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.target = f"vllm={self.url}"
+        self.log = log
+        doors = ("--worker-extension-cls", "headrace_vllm.WorkerExtension") if extension else ("--weight-transfer-config", TRANSFER)
+        doors += ("--worker-extension-cls", "nopack.Unpacked") if unpacked else ()
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port), *SMALL, *doors, *options]
+        path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        self._wait_ready()
+
+    def generate(self, prompt: list[int], max_tokens: int, **sampling: Any) -> dict[str, Any]:
+        """Return one greedy answer: `tokens`, `logprobs`, and the version of every token."""
+        chosen = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 1} | sampling
+        body = {"model": "m", "token_ids": prompt, "sampling_params": chosen, "stream": False}
+        answer = self.client.post("/inference/v1/generate", json=body)
+        answer.raise_for_status()
+        choice = answer.json()["choices"][0]
+        versions: list[str] = [""] * len(choice["token_ids"])
+        for span in choice["weight_versions"] or ():
+            versions[span["start"] : span["end"]] = [span["version"]] * (span["end"] - span["start"])
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        return {"tokens": choice["token_ids"], "logprobs": logprobs, "versions": versions}
+
+    def version(self) -> str:
+        """Return vLLM's own weight version."""
+        return str(self.client.get("/weight_info").json()["weight_version"])
+
+    def kill(self) -> None:
+        """SIGKILL all its processes."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def close(self) -> None:
+        """End it; idempotent."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait_ready(self) -> None:
+        limit = time.monotonic() + START_S
+        while time.monotonic() < limit and self.process.poll() is None:
+            try:
+                if self.client.get("/health").is_success:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        self.close()
+        message = f"vLLM did not start; the end of its log:\n{self.log.read_text(errors='replace')[-4000:]}"
+        raise RuntimeError(message)
