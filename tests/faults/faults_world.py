@@ -17,9 +17,10 @@ from headrace.recipe import LoadRecipe
 from headrace.server.parameter_server import ParameterServer
 from headrace.testing import shapes
 from headrace.testing.bare_engine import BareEngine, served_version, weights_state
-from headrace.testing.faults import Fault, FaultyBackend, arm
+from headrace.testing.faults import Fault, FaultyBackend, FaultyTransport, arm
 from headrace.testing.leaks import snapshot
 from headrace.testing.recipe_backend import RecipeBackend
+from headrace.transports.tcp import TcpTransport
 from headrace.types import ITEMSIZES, ParamTable, WorkerId
 
 SHAPE = shapes.ModelShape(layers=2, hidden=48, vocab=250, heads=6, kv_heads=6, head_dim=8, intermediate=96)
@@ -269,3 +270,14 @@ class World:
         """Close servers and engine."""
         self.close_servers()
         self.engine.close()
+
+
+def slow_tcp(_backend: Any, receiver: Any, seconds: float) -> None:
+    """Let a worker's next read over TCP take some time; for `BareEngine.call`."""
+    slow = Fault(point="wait", action="delay", seconds=seconds)
+    receiver._transports["tcp"] = FaultyTransport(TcpTransport(), slow)
+
+
+def faulty_tcp(_backend: Any, receiver: Any, *faults: Fault) -> None:
+    """Let a worker's reads over TCP fail; without faults all is well again."""
+    receiver._transports["tcp"] = FaultyTransport(TcpTransport(), *faults)

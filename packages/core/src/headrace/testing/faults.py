@@ -122,7 +122,8 @@ class FaultyTransport:
         self._inner.wait(job, max(0.0, deadline_s - (time.monotonic() - begin)))
         copies, blocks = self._jobs.pop(job)
         if len(copies) and any(fault.action == "corrupt" for fault in faults):
-            blocks[int(copies.dst_block[0])][int(copies.dst_base[0])] ^= 1
+            with torch.inference_mode():
+                blocks[int(copies.dst_block[0])][int(copies.dst_base[0])] ^= 1
 
     def close(self) -> None:
         """Close the inner transport and end every hang."""
