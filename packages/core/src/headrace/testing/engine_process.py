@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import torch
+from safetensors.torch import load_file
 
 from headrace.errors import ConnectError
 
-START_S = 60.0
+START_S = 120.0
 _STOP_S = 15.0
 
 
@@ -86,10 +89,19 @@ class EngineProcess:
         """Return what `/headrace/status` says."""
         return dict(self._client.get("/headrace/status").json())
 
-    def fingerprints(self) -> list[dict[str, str]]:
-        """Return sha256 of every live tensor's shard, by rank."""
-        ranks = self._client.get("/headrace/fingerprints").json()["ranks"]
-        return [{entry["name"]: entry["sha256"] for entry in rank["tensors"]} for rank in ranks]
+    def differences(self, checkpoint: Path) -> list[str]:
+        """Return the live tensors that are not, bit for bit, what the checkpoint has, as `rank: name`.
+
+        For weights in the checkpoint's own names and dtype. Tensors that no rank has are differences too.
+        """
+        whole = _read(checkpoint)
+        missing, found = set(whole), []
+        for rank in self._client.get("/headrace/fingerprints").json()["ranks"]:
+            for entry in rank["tensors"]:
+                missing.discard(entry["name"])
+                if _sum(whole[entry["name"]], entry["boxes"], entry["dim"]) != entry["sha256"]:
+                    found.append(f"{rank['rank']}: {entry['name']}")
+        return found + [f"nowhere: {name}" for name in sorted(missing)]
 
     def worker_pids(self) -> list[int]:
         """Return the workers' process ids, by rank."""
@@ -189,6 +201,22 @@ class Stream:
         for _ in choice["token_ids"]:
             self.arrivals_s.append(time.monotonic())
             self.versions.append(choice["weight_version"])
+
+
+def _read(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in checkpoint.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def _sum(whole: torch.Tensor, boxes: list[dict[str, list[int]]], dim: int) -> str:
+    """Return sha256 of a shard that is made of boxes, laid side by side along `dim`."""
+    parts = [
+        whole[tuple(slice(o, o + n) for o, n in zip(box["offsets"], box["shape"], strict=True))] for box in boxes
+    ]
+    shard = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    return hashlib.sha256(shard.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def free_port() -> int:

@@ -1,0 +1,49 @@
+"""An updater that stops at a chosen place, so that it can be killed there: CHECKPOINT TARGET PLACE."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from headrace import wire
+from headrace.server import commit, update
+from headrace.server.parameter_server import ParameterServer
+
+
+def stop(*_args: object, **_options: object) -> Any:
+    """Say that the place is reached, and wait for the end."""
+    print("here", flush=True)  # noqa: T201 - the test reads it
+    time.sleep(600)
+
+
+def stop_at_finish(peers: Any, message: Any, *rest: Any) -> Any:
+    return stop() if isinstance(message, wire.Finish) else ASK_ALL(peers, message, *rest)
+
+
+def commit_one_rank(instance: Any, deadline_s: float) -> None:
+    member = instance.members[0]
+    member.peer.send(wire.Commit(deadline_s=deadline_s))
+    member.peer.expect(wire.Committed, deadline_s, "commit")
+    stop()
+
+
+ASK_ALL = commit.ask_all
+PLACES = {
+    "staging": (update, "gather", stop),
+    "paused": (commit, "ask_all", stop),
+    "committed": (commit, "ask_all", stop_at_finish),
+    "half": (commit, "_commit_ranks", commit_one_rank),
+}
+
+
+def main(checkpoint: str, target: str, place: str) -> None:
+    """Update, and stop at the place."""
+    module, name, replacement = PLACES[place]
+    setattr(module, name, replacement)
+    with ParameterServer(checkpoint) as server:
+        server.update(target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
