@@ -8,9 +8,11 @@ from typing import Literal, Self
 import numpy as np
 
 from headrace.manifest import SegmentDescriptor
-from headrace.types import I32, I64, U8
+from headrace.types import I32, I64, ITEMSIZES, U8
 
-RingMode = Literal["none", "staged", "overlapped", "serial"]
+STAGE_ALIGN_BYTES = 128
+
+RingMode = Literal["none", "device", "staged", "overlapped", "serial"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,21 @@ class CopyTable:
         return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
+def staged_bytes(copies: CopyTable) -> I64:
+    """Return what each copy's source takes in a staging buffer, shape (N,): dense, rounded up to whole cache lines."""
+    sizes: I64 = -(-copies.num_elements * ITEMSIZES[copies.src_dtype] // STAGE_ALIGN_BYTES) * STAGE_ALIGN_BYTES
+    return sizes
+
+
 @dataclass(frozen=True, slots=True)
 class Ring:
     """How bytes pass through memory between holder and live parameters.
 
     Attributes:
-        mode: `none`: no buffer, copies go straight into live parameters; `staged`: every bucket has its own slot
-            and is filled while the engine serves; `overlapped`: slots are reused inside the pause, filling and
-            applying at the same time; `serial`: one slot, one thing at a time.
+        mode: `none`: no buffer, copies go straight into live parameters; `device`: the same copies, by way of a
+            buffer on the receiver's GPU that is filled while the engine serves (one slot, packed by the receiver);
+            `staged`: every bucket has its own slot and is filled while the engine serves; `overlapped`: slots are
+            reused inside the pause, filling and applying at the same time; `serial`: one slot, one thing at a time.
         slot_bytes: Size of one slot.
         depth: Number of slots; bucket `b` uses slot `b % depth`.
         why: One sentence for the report.
@@ -81,9 +90,10 @@ class Ring:
 class TransferPlan:
     """Everything one receiver does in one update, as integers.
 
-    `direct` from mapped memory has only `apply`, whose sources are `segments`. Every other way goes through the
-    ring: bucket `b` is first made in its slot by `fill` (on the owner of the bucket, or read by a transport; its
-    sources are `segments`, its destination is the slot), then `apply` copies from the slot into live tensors.
+    `direct` from mapped memory (ring modes `none` and `device`) has only `apply`, whose sources are `segments`. Every
+    other way goes through the ring: bucket `b` is first made in its slot by `fill` (on the owner of the bucket, or
+    read by a transport; its sources are `segments`, its destination is the slot), then `apply` copies from the slot
+    into live tensors.
 
     Attributes:
         route: `direct`, `broadcast` or `p2p`.

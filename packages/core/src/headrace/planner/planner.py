@@ -30,12 +30,14 @@ class ReceiverNeeds:
         recipe: What it needs.
         reachable: Indices of the manifests whose segments it can map: holders on its host.
         budget_bytes: Memory that staging may take at the receiver, opaque buffers included.
+        device: Where its live tensors lie, as torch names it.
     """
 
     worker: WorkerId
     recipe: LoadRecipe
     reachable: frozenset[int]
     budget_bytes: int
+    device: str = "cpu"
 
 
 class Planner:
@@ -79,7 +81,8 @@ def _receiver(need: ReceiverNeeds, settings: UpdateSettings) -> Receiver:
     limit = (
         need.budget_bytes if settings.budget_bytes is None else min(need.budget_bytes, settings.budget_bytes)
     )
-    return Receiver(str(need.worker), need.recipe, tuple(sorted(need.reachable)), limit)
+    on_gpu = need.device.startswith("cuda")
+    return Receiver(str(need.worker), need.recipe, tuple(sorted(need.reachable)), limit, on_gpu=on_gpu)
 
 
 def _check_request(manifests: Sequence[Manifest], needs: Sequence[ReceiverNeeds]) -> None:
@@ -121,5 +124,5 @@ def _key(manifests: Sequence[Manifest], receivers: Sequence[Receiver], settings:
     for manifest in manifests:
         digest.update(repr((manifest.layout_key, manifest.segments, manifest.holder)).encode())
     for receiver in receivers:
-        digest.update(repr((receiver.recipe.key, receiver.reachable, receiver.budget_bytes)).encode())
+        digest.update(repr((receiver.recipe.key, receiver.reachable, receiver.budget_bytes, receiver.on_gpu)).encode())
     return digest.hexdigest()

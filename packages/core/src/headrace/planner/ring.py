@@ -9,7 +9,7 @@ import numpy as np
 from headrace.config import MIB
 from headrace.errors import CapacityError
 from headrace.geometry import RegionTable
-from headrace.plan import Ring
+from headrace.plan import CopyTable, Ring, staged_bytes
 from headrace.planner.join import restrict, volumes
 from headrace.types import I32, I64
 
@@ -72,6 +72,26 @@ def choose_ring(
         depth = min(MOST_DEPTH, room // slot)
         return Ring("overlapped", slot, depth, f"{short}: {depth} slots of {size(slot)} take turns")
     return _serial(room, bucket_bytes, short, reserved_bytes)
+
+
+def device_ring(apply: CopyTable, room: int) -> Ring:
+    """Choose whether copies from mapped memory go by way of a buffer on the receiver's GPU.
+
+    Args:
+        apply: The copies.
+        room: GPU memory that staging may take.
+    """
+    needed = int(staged_bytes(apply).sum())
+    if not needed:
+        return Ring("none", 0, 0, "nothing is copied")
+    if needed <= room:
+        why = f"{size(needed)} fit into the {size(room)} of GPU memory that staging may take"
+        return Ring("device", needed, 1, why)
+    why = (
+        f"copies go straight into live tensors: {size(needed)} do not fit into the {size(max(room, 0))} of GPU "
+        "memory that staging may take"
+    )
+    return Ring("none", 0, 0, why)
 
 
 def _serial(room: int, bucket_bytes: int, short: str, reserved_bytes: int) -> Ring:

@@ -40,6 +40,7 @@ class Receiver:
     recipe: LoadRecipe
     reachable: tuple[int, ...]
     budget_bytes: int
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,19 @@ def _allocate(meta: ParamMeta, device: str) -> torch.Tensor:
         raise CapacityError(message, name=meta.name, phase="stage") from error
 
 
+def allocate_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Return a staging buffer: flat uint8.
+
+    Raises:
+        CapacityError: The device has no room.
+    """
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        message = f"no memory on {device} to stage {num_bytes / 1e6:.1f} MB: {error}; lower budget_bytes"
+        raise CapacityError(message, name="budget_bytes", phase="stage") from error
+
+
 def write_fills(fills: FillTable, targets: Sequence[torch.Tensor]) -> None:
     """Write the loader's constants (vocabulary padding) into live tensors."""
     for row in range(len(fills)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,12 +15,14 @@ import torch
 from headrace.errors import ApplyError, IntegrityError, TransferTimeoutError, TransportClosedError
 from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline, RingSignals
-from headrace.plan import CopyTable, TransferPlan
+from headrace.plan import CopyTable, TransferPlan, staged_bytes
 from headrace.protocols import Transport
+from headrace.receiver.blocks import allocate_bytes
 from headrace.segments.host import MappedSegment
 from headrace.telemetry import Recorder
 from headrace.transports.binding import Program, bind_copies
 from headrace.transports.memory import MemoryTransport
+from headrace.transports.rows import dense_strides
 from headrace.types import ITEMSIZES
 
 POPULATE_CHUNK_BYTES = 16 << 20
@@ -57,6 +59,14 @@ class _Bucket:
     live: Program
     live_rows: np.ndarray
     num_bytes: int
+    staged: Program | None = None
+
+    def differences(self) -> np.ndarray:
+        """Return the rows of the plan whose live bytes, or what was staged for them, differ from the source."""
+        found = self.live.differences()
+        if self.staged is not None:
+            found = sorted({*found, *self.staged.differences()})
+        return np.asarray(self.live_rows[found])
 
 
 def _bucket(
@@ -66,6 +76,7 @@ def _bucket(
     blocks: list[torch.Tensor],
     *,
     undisturbed: bool,
+    only_opaque: bool = False,
 ) -> _Bucket:
     """Bind the copies of rows `[begin, end)`; `undisturbed` if nothing is fetched while they run."""
     begin, end = bounds
@@ -75,10 +86,31 @@ def _bucket(
     table = plan.apply.take(live)
     return _Bucket(
         opaque=bind_copies(plan.apply.take(rows[is_opaque]), sources, blocks),
-        live=bind_copies(table, sources, blocks, undisturbed=undisturbed),
+        live=bind_copies(table.take(slice(0)) if only_opaque else table, sources, blocks, undisturbed=undisturbed),
         live_rows=live,
         num_bytes=_live_bytes(table),
     )
+
+
+def _staged_bucket(
+    plan: TransferPlan, sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]
+) -> _Bucket:
+    """Bind all copies by way of a buffer on the GPU: `staged` fills it, `live` copies out of it.
+
+    Raises:
+        CapacityError: The GPU has no room for the buffer.
+    """
+    direct = _bucket(plan, (0, len(plan.apply)), sources, blocks, undisturbed=True, only_opaque=True)
+    table = plan.apply.take(direct.live_rows)
+    sizes = staged_bytes(table)
+    device = next(block.device for block in blocks if block.is_cuda)
+    buffer = allocate_bytes(int(sizes.sum()), device)
+    base, itemsize = np.cumsum(sizes) - sizes, ITEMSIZES[table.src_dtype]
+    strides, block = dense_strides(table.shape, itemsize), np.zeros(len(table), np.int32)
+    fill = replace(table, dst_block=block, dst_base=base, dst_strides=strides, dst_dtype=table.src_dtype)
+    apply = replace(table, src_block=block, src_base=base, src_strides=strides)
+    staged = bind_copies(fill, sources, [buffer], gentle=True)
+    return replace(direct, live=bind_copies(apply, [buffer], blocks), staged=staged)
 
 
 def _bounds(plan: TransferPlan) -> list[tuple[int, int]]:
@@ -103,7 +135,7 @@ class Differences:
         Raises:
             IntegrityError: Names the parameters that differ.
         """
-        rows = bucket.live_rows[bucket.live.differences()]
+        rows = bucket.differences()
         if len(rows):
             names = sorted({self._names[int(i)] for i in self._plan.apply.dst_block[rows]})
             message = (
@@ -113,7 +145,7 @@ class Differences:
 
 
 class DirectDelivery:
-    """Copies straight from mapped holder memory into live tensors; no buffer in between."""
+    """Copies from mapped holder memory into live tensors: straight, or by way of a buffer on this worker's GPU."""
 
     def __init__(
         self,
@@ -144,9 +176,15 @@ class DirectDelivery:
         # A GPU is given everything in one go: its copies run on while the next ones are handed over.
         bounds = [(0, len(self._plan.apply))] if on_gpu else _bounds(self._plan)
         with self._recorder.span("build"):
-            self._buckets = [_bucket(self._plan, b, sources, self._blocks, undisturbed=True) for b in bounds]
+            if self._plan.ring.mode == "device":
+                self._buckets = [_staged_bucket(self._plan, sources, self._blocks)]
+            else:
+                self._buckets = [_bucket(self._plan, b, sources, self._blocks, undisturbed=True) for b in bounds]
         with self._recorder.span("stage"):
             for bucket in self._buckets:
+                if bucket.staged is not None:
+                    bucket.staged.run()
+                    bucket.staged.finish(deadline_s)
                 bucket.opaque.run()
                 bucket.opaque.finish(deadline_s)
 

@@ -11,6 +11,7 @@ from headrace import wire
 from headrace.control.dialer import Dialer
 from headrace.errors import HeadraceError, WeightsState
 from headrace.protocols import InferenceBackend, Ticket, Transport
+from headrace.receiver.devices import WorkerDevice
 from headrace.receiver.recipes import RecipeBook
 from headrace.receiver.session import Session
 from headrace.registry import load
@@ -31,6 +32,7 @@ class Receiver:
         served_version: Version the engine reports; 0 for what it was started with, None before its first weights.
         pending_version: Version in the live tensors that not all ranks have confirmed.
         turn: Held by the session at work.
+        device: Where it works; kept over updates, as torch caches memory by stream.
     """
 
     def __init__(self, backend: InferenceBackend) -> None:
@@ -41,6 +43,7 @@ class Receiver:
         self.recorder = Recorder(f"receiver {backend.identity().worker}")
         self.recipes = RecipeBook(backend, self.recorder)
         self.memory = MemoryTransport()
+        self.device = WorkerDevice(backend.identity().device)
         self._transports: dict[str, Transport] = {}
         self._recent: deque[frozenset[str]] = deque(maxlen=2)
         self._session: Session | None = None

@@ -34,7 +34,6 @@ from headrace.receiver.delivery import (
     broadcast_feed,
     tcp_feed,
 )
-from headrace.receiver.devices import WorkerDevice
 from headrace.recipe import LoadRecipe
 from headrace.segments.lending import borrow, probe
 
@@ -57,7 +56,7 @@ class Session:
         self.alive = True
         self._receiver = receiver
         self._backend = receiver.backend
-        self._device = WorkerDevice(receiver.backend.identity().device)
+        self._device = receiver.device
         self._dialer: Dialer | None = None
         self._state = "enrolled"
         self._version = -1
@@ -178,7 +177,7 @@ class Session:
     def _deliver(self, message: wire.Stage, blocks: list[torch.Tensor], names: list[str]) -> Delivery:
         plan, recorder = message.plan, self._receiver.recorder
         differences = Differences(plan, names)
-        if plan.ring.mode == "none":
+        if plan.ring.mode in {"none", "device"}:
             memory = self._receiver.memory
             return DirectDelivery(plan, message.holders, memory, blocks, differences, recorder)
         if message.ring is not None:

@@ -126,7 +126,7 @@ def _planned(
 def _bytes_by_holder(plan: TransferPlan, broadcast: BroadcastPlan | None) -> dict[int, int]:
     """Return how many bytes each holder gives: its segments' copies, or the buckets it owns in a broadcast."""
     owners: I32 = plan.segment_holder
-    copies = plan.apply if plan.ring.mode == "none" else plan.fill
+    copies = plan.fill if len(plan.fill) else plan.apply
     if plan.route == "broadcast" and broadcast is not None:
         owners, copies = broadcast.segment_holder, broadcast.fill
     if not len(copies):

@@ -242,6 +242,7 @@ class Update:
             recipe=recipe,
             reachable=frozenset(index[name] for name in answer.reachable),
             budget_bytes=_steady(answer.budget_bytes) if budget is None else budget,
+            device=_hello(peer).device,
         )
 
     def _make_plan(self, manifests: Sequence[Manifest]) -> UpdatePlan:

@@ -39,7 +39,7 @@ class RecipeBackend:
         loaded_from: str | None = None,
         device: str = "cpu",
     ) -> None:
-        self._recipe = recipe
+        self.recipe = recipe
         self._identity = WorkerIdentity(
             worker, world_size, device, f"{device}-{worker.rank}", f"recipe {recipe.key}"
         )
@@ -65,7 +65,7 @@ class RecipeBackend:
             name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             for name, tensor in self._live.items()
         }
-        recipe = self._recipe
+        recipe = self.recipe
         return Skeleton(meta, lambda pairs: write_recipe(recipe, meta, pairs))
 
     def loaded_from(self) -> str | None:
@@ -75,7 +75,7 @@ class RecipeBackend:
     def load(self, pairs: NamedTensors) -> None:
         """Copy every source's regions to where the recipe says."""
         with torch.no_grad():
-            write_recipe(self._recipe, self._live, pairs)
+            write_recipe(self.recipe, self._live, pairs)
 
     def begin_reload(self) -> None:
         """Nothing: weights keep their loader's layout."""

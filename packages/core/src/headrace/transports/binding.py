@@ -38,8 +38,9 @@ def bind_copies(
     destinations: Sequence[torch.Tensor],
     *,
     undisturbed: bool = False,
+    gentle: bool = False,
 ) -> Program:
-    """Return a program for `copies`; see CopyProgram for the arguments.
+    """Return a program for `copies`; see CopyProgram and CudaProgram for the arguments.
 
     Raises:
         PlanError: A row reaches outside its memory, or a destination has another dtype.
@@ -50,4 +51,4 @@ def bind_copies(
         return CopyProgram(copies, sources, destinations, undisturbed=undisturbed)
     from headrace.transports.cuda_program import CudaProgram  # noqa: PLC0415 - hosts without a GPU do without
 
-    return CudaProgram(copies, sources, destinations, device)
+    return CudaProgram(copies, sources, destinations, device, gentle=gentle)

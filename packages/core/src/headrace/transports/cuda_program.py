@@ -61,6 +61,7 @@ class CudaProgram:
             `PIN_CHUNK_BYTES` from the begin of their storage, or as a whole.
         destinations: What `dst_block` indexes, see CopyProgram; those in use lie on one GPU or on the host.
         device: That GPU.
+        gentle: The GPU computes meanwhile: leave as much as possible to the copy engines, which disturb it least.
 
     Raises:
         PlanError: A row reaches outside its memory, or a destination has another dtype.
@@ -72,8 +73,12 @@ class CudaProgram:
         sources: Sequence[torch.Tensor],
         destinations: Sequence[torch.Tensor],
         device: torch.device,
+        *,
+        gentle: bool = False,
     ) -> None:
         self._device = device
+        self._least_row = 1 if gentle else ENGINE_ROW_BYTES
+        self._least = 1 if gentle else ENGINE_BYTES
         self._memory = (tuple(sources), tuple(destinations))
         rows = np.flatnonzero(copies.num_elements)
         copies = copies.take(rows)
@@ -98,8 +103,8 @@ class CudaProgram:
             exact, blocks.unit[:, 0], _CAST + copies.src_dtype.astype(np.int64) * 256 + copies.dst_dtype
         )
         from_host = per_block(copies.src_block, sources, lambda s: not s.is_cuda)[copies.src_block] != 0
-        engine = exact & from_host & blocks.flat & (blocks.num_bytes >= ENGINE_BYTES)
-        engine &= blocks.contiguous | (blocks.row_bytes >= ENGINE_ROW_BYTES)
+        engine = exact & from_host & blocks.flat & (blocks.num_bytes >= self._least)
+        engine &= blocks.contiguous | (blocks.row_bytes >= self._least_row)
         origins = per_block(copies.src_block, sources, lambda s: s.untyped_storage().data_ptr())
         whole, crossing = blocks.take(engine).cut_at(origins[copies.src_block[engine]], PIN_CHUNK_BYTES)
         batched = whole.contiguous & (whole.num_bytes < LONG_BYTES)
@@ -176,7 +181,7 @@ class CudaProgram:
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call,no-any-return]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _rectangles(blocks: Blocks) -> I64:

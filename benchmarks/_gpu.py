@@ -1,0 +1,181 @@
+"""What the GPU benchmarks share: a source made of one pool of random bytes, workers on GPUs, ceilings, checks."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from benchmarks._models import Model
+from headrace.config import host_settings
+from headrace.geometry import Box
+from headrace.protocols import InferenceBackend, SourceRegion
+from headrace.recording.cache import RecipeCache
+from headrace.testing.recipe_backend import RecipeBackend
+from headrace.types import ITEMSIZES, ParamTable, WorkerId
+
+POOL_BYTES = 3 << 29
+MOVED_BYTES = 1 << 33
+BLOCK_BYTES = 1 << 31
+_SEED = 11
+_busy: dict[str, object] = {}
+
+
+def make_pool() -> torch.Tensor:
+    """Return random bytes, the same in every process."""
+    made = torch.Generator().manual_seed(_SEED)
+    words = torch.empty(POOL_BYTES // 8, dtype=torch.int64).random_(generator=made)
+    return words.view(torch.uint8)
+
+
+def place_of(name: str, version: int, num_bytes: int) -> int:
+    """Return where in the pool a tensor's bytes of a version begin."""
+    return (zlib.crc32(name.encode()) * 64 + version * 4160) % (POOL_BYTES - num_bytes) // 64 * 64
+
+
+class PoolSource:
+    """A WeightSource whose tensors are places in one pool: 61 GB of weights take 1.6 GB.
+
+    Set `version` before each update.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._params = model.params()
+        self._regions = tuple(SourceRegion(m.name, Box.whole(m.shape)) for m in self._params)
+        self._pool = make_pool()
+        self.version = 0
+
+    def metadata(self) -> ParamTable:
+        """Return the model's parameters."""
+        return self._params
+
+    def regions(self) -> Sequence[SourceRegion]:
+        """Return every parameter, whole."""
+        return self._regions
+
+    def read(self, region: SourceRegion, out: memoryview) -> None:
+        """Copy the tensor's place in the pool."""
+        begin = place_of(region.name, self.version, len(out))
+        torch.frombuffer(out, dtype=torch.uint8).copy_(self._pool[begin : begin + len(out)])
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def gpu_worker(worker: WorkerId, world_size: int, model: Model) -> RecipeBackend:
+    """Make a worker on the GPU of its rank; its recipe is known, as after an earlier start."""
+    torch.cuda.set_device(worker.rank)
+    backend = RecipeBackend(
+        model.recipe(world_size, worker.rank), worker, world_size, device=f"cuda:{worker.rank}"
+    )
+    RecipeCache(host_settings().recipe_cache).put(
+        backend.identity().layout, model.recipe(world_size, worker.rank)
+    )
+    return backend
+
+
+def poison(backend: InferenceBackend, _receiver: object = None) -> None:
+    """Overwrite all live bytes."""
+    for tensor in backend.live_tensors().values():
+        tensor.view(torch.uint8).fill_(0xEE)
+    torch.cuda.synchronize()
+
+
+def wrong_tensors(backend: RecipeBackend, _receiver: object, version: int) -> list[str]:
+    """Return the parameters whose live bytes are not those of `version`; compares every byte."""
+    recipe, pool = backend.recipe, make_pool().cuda()
+    live, regions, items = list(backend.live_tensors().values()), backend.recipe.regions, ITEMSIZES
+    wrong = []
+    for row in range(len(regions)):
+        meta, block = recipe.sources[int(regions.param[row])], int(regions.block[row])
+        begin = place_of(meta.name, version, meta.num_bytes)
+        part = pool[begin : begin + meta.num_bytes].view(torch.int16).view(meta.shape)
+        for dim in range(len(meta.shape)):
+            part = part.narrow(dim, int(regions.offsets[row, dim]), int(regions.shape[row, dim]))
+        size = int(items[recipe.targets.dtype_codes[block]])
+        strides = (regions.strides[row, : part.dim()] // size).tolist()
+        found = live[block].view(torch.int16).as_strided(part.shape, strides, int(regions.base[row]) // size)
+        if not torch.equal(found, part):
+            wrong.append(meta.name)
+    torch.cuda.empty_cache()
+    return wrong
+
+
+def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Return the median time of `work`, device included, after two warm-ups."""
+    taken = []
+    for number in range(2 + repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        if number >= 2:
+            taken.append(time.perf_counter() - begin)
+    return median(taken)
+
+
+def host_to_device(_backend: InferenceBackend, _receiver: object) -> float:
+    """Return bytes per second from pinned memory into this worker's GPU, in large copies."""
+    host = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cuda")
+
+    def work() -> None:
+        for _ in range(MOVED_BYTES // BLOCK_BYTES):
+            there.copy_(host, non_blocking=True)
+
+    return MOVED_BYTES / _seconds(work)
+
+
+def device_to_device(_backend: InferenceBackend, _receiver: object) -> float:
+    """Return payload bytes per second of one large copy inside this worker's GPU."""
+    one, other = (torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return BLOCK_BYTES / _seconds(lambda: one.copy_(other))
+
+
+def release(_backend: InferenceBackend, _receiver: object) -> None:
+    """Give memory that the ceilings took back to the device."""
+    torch.cuda.empty_cache()
+
+
+def device_peak(backend: InferenceBackend, _receiver: object) -> int:
+    """Return the most device memory that was in use since the last call, beside the live tensors."""
+    live = sum(t.nbytes for t in backend.live_tensors().values())
+    peak = torch.cuda.max_memory_allocated() - live
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def start_products(_backend: InferenceBackend, _receiver: object) -> None:
+    """Multiply matrices in a thread until `stop_products`."""
+    stop = threading.Event()
+    times: list[tuple[float, float]] = []
+    device = torch.cuda.current_device()
+
+    def loop() -> None:
+        torch.cuda.set_device(device)
+        left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        right = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            while not stop.is_set():
+                begin = time.monotonic()
+                for _ in range(8):
+                    torch.mm(left, right)
+                stream.synchronize()
+                times.append((begin, time.monotonic() - begin))
+
+    thread = threading.Thread(target=loop, daemon=True)
+    _busy.update(stop=stop, times=times, thread=thread)
+    thread.start()
+
+
+def stop_products(_backend: InferenceBackend, _receiver: object) -> list[tuple[float, float]]:
+    """End the thread; return when each round began and how long it took, on the host's monotonic clock."""
+    stop, thread, times = _busy["stop"], _busy["thread"], _busy["times"]
+    stop.set()  # type: ignore[attr-defined]
+    thread.join(10.0)  # type: ignore[attr-defined]
+    return list(times)  # type: ignore[call-overload]

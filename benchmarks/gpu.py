@@ -1,0 +1,246 @@
+"""What an update costs on GPUs, beside the links' ceilings of the same run.
+
+Run as `python -m benchmarks.gpu` on a machine with one GPU or more; `--write PAGE` replaces the tables of a page.
+Workers are real processes with a receiver each, updated by a real parameter server over its whole path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+
+from benchmarks import _gpu
+from benchmarks._common import Section, Spread, by_track
+from benchmarks._models import TINY, Model
+from benchmarks.all import report
+from headrace.config import GIB
+from headrace.report import UpdateReport
+from headrace.server.parameter_server import ParameterServer
+from headrace.testing.bare_engine import BareEngine
+from headrace.testing.shapes import QWEN3_8B, QWEN3_30B_A3B
+
+REPEATS = 5
+WARM_UPS = 2
+DENSE = Model("Qwen3-8B", QWEN3_8B)
+MOE = Model("Qwen3-30B-A3B", QWEN3_30B_A3B)
+STAGING_BYTES = 36 * GIB
+COLUMNS = (
+    "model", "GPUs", "tensors", "GB per GPU", "way", "verify", "copies ms", "GB/s per GPU", "ceiling", "share",
+    "stall ms", "stage ms", "total ms", "device MiB",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: `staged` by way of a buffer on the GPU."""
+
+    model: Model
+    world_size: int
+    staged: bool = False
+    verify: str = "none"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes per second of one GPU: from the host alone, from the host all at once (slowest), inside the GPU."""
+
+    alone: float
+    together: float
+    inside: float
+
+
+def measure_ceilings(engine: BareEngine) -> Ceilings:
+    """Measure in the workers of an engine."""
+    alone = [engine.call(rank, _gpu.host_to_device) for rank in range(engine.world_size)]
+    together = engine.call_all(_gpu.host_to_device)
+    inside = engine.call_all(_gpu.device_to_device)
+    engine.call_all(_gpu.release)
+    return Ceilings(min(alone), min(together), min(inside))
+
+
+def measure(cases: Sequence[Case], repeats: int) -> tuple[list[tuple[str, ...]], Ceilings]:
+    """Measure cases of one model and world size with one engine; checks every byte after the last update of each.
+
+    Raises:
+        SystemExit: A worker does not hold the source's bytes.
+    """
+    model, world_size = cases[0].model, cases[0].world_size
+    source, rows = _gpu.PoolSource(model), []
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        BareEngine(
+            _gpu.gpu_worker, world_size, model, environment={"HEADRACE_RECIPE_CACHE": cache}
+        ) as engine,
+    ):
+        ceilings = measure_ceilings(engine)
+        with ParameterServer(source=source) as server:
+            for case in cases:
+                rows.append(_measure_case(case, engine, server, source, repeats, ceilings))
+                print("  ".join(rows[-1]), flush=True)
+    return rows, ceilings
+
+
+def _measure_case(
+    case: Case,
+    engine: BareEngine,
+    server: ParameterServer,
+    source: _gpu.PoolSource,
+    repeats: int,
+    ceilings: Ceilings,
+) -> tuple[str, ...]:
+    reports, budget = [], STAGING_BYTES if case.staged else 0
+    engine.call_all(_gpu.poison)
+    for _ in range(WARM_UPS + repeats):
+        source.version += 1
+        engine.call_all(_gpu.device_peak)
+        reports.append(server.update(engine.control, route="direct", verify=case.verify, budget_bytes=budget))
+    extra = max(engine.call_all(_gpu.device_peak))
+    for rank, wrong in enumerate(engine.call_all(_gpu.wrong_tensors, source.version)):
+        if wrong:
+            raise SystemExit(
+                f"{case.model.name}: worker {rank} holds wrong bytes of {len(wrong)}: {wrong[:3]}"
+            )
+    return _row(case, reports[WARM_UPS:], extra, ceilings)
+
+
+def _row(case: Case, reports: Sequence[UpdateReport], extra: int, ceilings: Ceilings) -> tuple[str, ...]:
+    copies = Spread.of([one.commit_s for one in reports])
+    each = max(worker.live_bytes for worker in reports[0].workers)
+    ceiling = ceilings.inside if case.staged else ceilings.together
+    return (
+        case.model.name,
+        str(case.world_size),
+        f"{len(case.model.params()):,}",
+        f"{each / 1e9:.2f}",
+        "staged" if case.staged else "straight",
+        case.verify,
+        copies.ms(),
+        f"{each / copies.median / 1e9:.1f}",
+        f"{ceiling / 1e9:.1f}",
+        f"{each / copies.median / ceiling:.1%}",
+        Spread.of([one.stall_s for one in reports]).ms(),
+        Spread.of([one.stage_s for one in reports]).ms(),
+        Spread.of([one.total_s for one in reports]).ms(),
+        f"{extra / (1 << 20):,.0f}",
+    )
+
+
+def measure_overhead(repeats: int) -> tuple[str, ...]:
+    """Measure updates of next to nothing: what is left is the protocol."""
+    source = _gpu.PoolSource(TINY)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        BareEngine(_gpu.gpu_worker, 1, TINY, environment={"HEADRACE_RECIPE_CACHE": cache}) as engine,
+        ParameterServer(source=source) as server,
+    ):
+        choices = {"route": "direct", "verify": "none", "budget_bytes": 0}
+        reports = [server.update(engine.control, **choices) for _ in range(WARM_UPS + 4 * repeats)]
+    kept = reports[WARM_UPS:]
+    return (
+        "one tiny tensor, 1 GPU",
+        Spread.of([one.total_s for one in kept]).ms(),
+        Spread.of([one.stall_s for one in kept]).ms(),
+        Spread.of([one.commit_s for one in kept]).ms(),
+    )
+
+
+def measure_disturbance(model: Model, world_size: int) -> tuple[str, ...]:
+    """Measure a loop of matrix products while weights are staged, against the same loop without."""
+    source = _gpu.PoolSource(model)
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        BareEngine(
+            _gpu.gpu_worker, world_size, model, environment={"HEADRACE_RECIPE_CACHE": cache}
+        ) as engine,
+        ParameterServer(source=source) as server,
+    ):
+        for _ in range(WARM_UPS + 1):
+            source.version += 1
+            server.update(engine.control, route="direct", verify="none", budget_bytes=STAGING_BYTES)
+        engine.call_all(_gpu.start_products)
+        spans = []
+        for _ in range(3):
+            source.version += 1
+            done = server.update(engine.control, route="direct", verify="none", budget_bytes=STAGING_BYTES)
+            spans += [
+                span for track in by_track(done.spans).values() for span in track if span.name == "stage"
+            ]
+        rounds = [one for rank in engine.call_all(_gpu.stop_products) for one in rank]
+    stages = [(span.begin_s, span.begin_s + span.duration_s) for span in spans]
+    inside = [s for at, s in rounds if any(begin <= at and at + s <= end for begin, end in stages)]
+    outside = [s for at, s in rounds if all(at + s < begin or at > end for begin, end in stages)]
+    if not inside or not outside:
+        return (model.name, "no round of the loop fell into a stage", "", "")
+    alone, meanwhile = median(outside), median(inside)
+    return (model.name, f"{alone * 1e3:.2f}", f"{meanwhile * 1e3:.2f}", f"{meanwhile / alone - 1:+.1%}")
+
+
+def sections(repeats: int, names: Sequence[str]) -> list[Section]:
+    """Measure what was chosen."""
+    num_gpus, found, rows, tops = torch.cuda.device_count(), [], [], []
+    wanted = {
+        "dense1": (Case(DENSE, 1), Case(DENSE, 1, staged=True)),
+        "dense2": (Case(DENSE, 2), Case(DENSE, 2, verify="digest"), Case(DENSE, 2, staged=True)),
+        "moe2": (Case(MOE, 2), Case(MOE, 2, staged=True)),
+    }
+    for name, cases in wanted.items():
+        if name in names and cases[0].world_size <= num_gpus:
+            made, top = measure(cases, repeats)
+            rows += made
+            tops.append((cases[0], top))
+    if rows:
+        found += [_ceiling_section(tops), Section("gpu-direct", _title(), COLUMNS, tuple(rows))]
+    if "overhead" in names:
+        columns = ("update", "total ms", "stall ms", "copies ms")
+        found.append(Section("gpu-overhead", "Nothing to move", columns, (measure_overhead(repeats),)))
+    if "busy" in names:
+        columns = ("model", "8 products alone ms", "while staging ms", "slower")
+        row = measure_disturbance(DENSE, min(2, num_gpus))
+        found.append(Section("gpu-busy", "A GPU that computes while weights are staged", columns, (row,)))
+    return found
+
+
+def _title() -> str:
+    cpu = os.cpu_count()
+    return (
+        f"direct, {torch.cuda.device_count()}x {torch.cuda.get_device_name()}, {cpu} cores, torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda}: median (least-greatest)"
+    )
+
+
+def _ceiling_section(tops: Sequence[tuple[Case, Ceilings]]) -> Section:
+    rows = tuple(
+        (f"{case.model.name}, {case.world_size} GPUs", *(f"{v / 1e9:.1f}" for v in vars(top).values()))
+        for case, top in tops
+    )
+    columns = ("run", "host to GPU, alone GB/s", "all at once, slowest GB/s", "inside a GPU GB/s")
+    return Section("gpu-ceilings", "Ceilings of the same run", columns, rows)
+
+
+def main() -> None:
+    """Measure, print, and write the page."""
+    names = ("dense1", "dense2", "moe2", "overhead", "busy")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="replace the tables between this page's markers"
+    )
+    parser.add_argument("--only", choices=names, nargs="+", default=list(names), metavar="NAME")
+    chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: torch sees none; these benchmarks need at least one")
+    for section in sections(chosen.repeats, chosen.only):
+        report(section, chosen.write)
+        Console(width=200).print(section.markdown(), markup=False)
+
+
+if __name__ == "__main__":
+    main()
