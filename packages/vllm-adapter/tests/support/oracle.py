@@ -28,25 +28,39 @@ class Oracle:
                 for version, folder in folders.items()
             }
 
-    def problems(self, prompt: Sequence[int], answer: Mapping[str, Any], versions: Sequence[str] | None = None) -> list[str]:
+    def problems(
+        self, prompt: Sequence[int], answer: Mapping[str, Any], versions: Sequence[str] | None = None
+    ) -> list[str]:
         """Return what is wrong with an answer: tokens or log-probabilities that its weights would not give."""
-        tokens, logprobs = answer["tokens"], answer["logprobs"]
-        said = list(versions or answer["versions"])
-        found = []
-        for version in dict.fromkeys(said):
-            if version not in self._models:
-                return [f"version {version!r} is none that was given"]
-            expected = self._logprobs(version, [*prompt, *tokens])
-            for i in (i for i, v in enumerate(said) if v == version):
-                row = expected[len(prompt) - 1 + i]
-                best, value = int(row.argmax()), float(row[tokens[i]])
-                if best != tokens[i] and float(row[best]) - value > TOLERANCE:
-                    found.append(f"token {i} of version {version} is {tokens[i]}, must be {best}")
-                elif abs(value - logprobs[i]) > TOLERANCE:
-                    found.append(f"token {i} of version {version} has log-probability {logprobs[i]}, must have {value}")
+        return self.problems_of([(prompt, answer, list(versions or answer["versions"]))])
+
+    def problems_of(self, answers: Sequence[tuple[Sequence[int], Mapping[str, Any], Sequence[str]]]) -> list[str]:
+        """Return what is wrong with answers, all of one length together: prompt, answer, version of every token."""
+        found = [f"version {v!r} is none that was given" for _, _, said in answers for v in set(said) - set(self._models)]
+        for version in self._models:
+            of_it = [item for item in answers if version in item[2]]
+            for begin in range(0, len(of_it), 32):
+                part = of_it[begin : begin + 32]
+                for item, expected in zip(part, self._logprobs(version, part), strict=True):
+                    found += _differences(item, version, expected)
         return found
 
     @torch.inference_mode()
-    def _logprobs(self, version: str, tokens: Sequence[int]) -> torch.Tensor:
-        logits = self._models[version](torch.tensor([list(tokens)])).logits[0]
-        return torch.log_softmax(logits.float(), -1)
+    def _logprobs(self, version: str, items: Sequence[tuple[Sequence[int], Mapping[str, Any], Sequence[str]]]) -> torch.Tensor:
+        ids = torch.tensor([[*prompt, *answer["tokens"]] for prompt, answer, _ in items])
+        return torch.log_softmax(self._models[version](ids).logits.float(), -1)
+
+
+def _differences(
+    item: tuple[Sequence[int], Mapping[str, Any], Sequence[str]], version: str, expected: torch.Tensor
+) -> list[str]:
+    prompt, answer, said = item
+    found = []
+    for i in (i for i, v in enumerate(said) if v == version):
+        token, logprob, row = answer["tokens"][i], answer["logprobs"][i], expected[len(prompt) - 1 + i]
+        best, value = int(row.argmax()), float(row[token])
+        if best != token and float(row[best]) - value > TOLERANCE:
+            found.append(f"token {i} of version {version} is {token}, must be {best}")
+        elif abs(value - logprob) > TOLERANCE:
+            found.append(f"token {i} of version {version} has log-probability {logprob}, must have {value}")
+    return found

@@ -26,7 +26,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
-SMALL = ("--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "512", "--dtype", "float32")
+SMALL = ("--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "512", "--dtype", "float32", "--enable-scale-out")
 
 
 class VllmServer:
@@ -79,7 +79,7 @@ class VllmServer:
         versions: list[str] = [""] * len(choice["token_ids"])
         for span in choice["weight_versions"] or ():
             versions[span["start"] : span["end"]] = [span["version"]] * (span["end"] - span["start"])
-        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {"content": []})["content"]]
         return {"tokens": choice["token_ids"], "logprobs": logprobs, "versions": versions}
 
     def version(self) -> str:

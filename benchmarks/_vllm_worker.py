@@ -1,0 +1,65 @@
+"""Runs in every vLLM worker of the benchmark: vLLM's own ways to load, timed there, and the memory-copy ceiling.
+
+Named as vLLM's worker extension; importing it keeps live weights in the loader's layout, as on CUDA.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import nopack  # noqa: F401 - changes vLLM when it is imported; the benchmark puts it on the path
+import torch
+from safetensors import safe_open
+
+
+class BenchExtension:
+    """Methods for `collective_rpc`."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def bench_memcpy(self) -> float:
+        """Return the seconds of one plain copy of all this worker's parameters, source and target touched before."""
+        num_bytes = sum(p.numel() * p.element_size() for p in self.model_runner.get_model().parameters())
+        source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+        return min(_timed(lambda: target.copy_(source)) for _ in range(3))
+
+    def bench_load_weights(self, folder: str) -> float:
+        """Return the seconds of vLLM's plain `load_weights` from memory."""
+        model, tensors = self.model_runner.get_model(), _read(folder)
+        with torch.inference_mode():
+            return _timed(lambda: model.load_weights(iter(tensors.items())))
+
+    def bench_layerwise(self, folder: str) -> float:
+        """Return the seconds of vLLM's layer-wise reload from memory."""
+        from vllm.config import set_current_vllm_config  # noqa: PLC0415
+        from vllm.model_executor.model_loader.reload import (  # noqa: PLC0415
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        model, tensors = self.model_runner.get_model(), _read(folder)
+
+        def reload() -> None:
+            initialize_layerwise_reload(model)
+            model.load_weights(iter(tensors.items()))
+            finalize_layerwise_reload(model, self.vllm_config.model_config)
+
+        with set_current_vllm_config(self.vllm_config):
+            return _timed(reload)
+
+
+def _timed(call: Any) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _read(folder: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return found

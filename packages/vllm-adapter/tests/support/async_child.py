@@ -1,0 +1,59 @@
+"""Updates an `AsyncLLM` of this process while it answers: `python async_child.py SPEC.json OUT.json`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+async def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Start a long request, update in the middle of it, and let it end."""
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    import headrace_vllm
+    from headrace.server.parameter_server import ParameterServer
+
+    arguments = AsyncEngineArgs(
+        model=spec["checkpoints"][0],
+        enforce_eager=True,
+        kv_cache_memory_bytes=64 << 20,
+        max_model_len=512,
+        dtype="float32",
+        weight_transfer_config={"backend": "headrace"},
+    )
+    llm = AsyncLLM.from_engine_args(arguments)
+    control = headrace_vllm.attach(llm)
+    sampling = SamplingParams(temperature=0, max_tokens=spec["num_tokens"], ignore_eos=True, logprobs=1)
+    begun = asyncio.Event()
+
+    async def ask() -> dict[str, Any]:
+        async for out in llm.generate({"prompt_token_ids": spec["prompt"]}, sampling, "r1"):
+            begun.set()
+            last = out.outputs[0]
+        versions = [""] * len(last.token_ids)
+        for span in last.weight_versions:
+            versions[span.start : span.end] = [span.version] * (span.end - span.start)
+        logprobs = [last.logprobs[i][t].logprob for i, t in enumerate(last.token_ids)]
+        return {"tokens": list(last.token_ids), "logprobs": logprobs, "versions": versions}
+
+    request = asyncio.create_task(ask())
+    await begun.wait()
+    with ParameterServer(spec["checkpoints"][1]) as server:
+        report = await asyncio.to_thread(server.update, control)
+    answer = await request
+    served = await asyncio.to_thread(control.served_version, 10.0)
+    llm.shutdown()
+    return {"answer": answer, "version": report.version, "served": served}
+
+
+if __name__ == "__main__":
+    told = asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))
+    Path(sys.argv[2]).write_text(json.dumps(told))
+    os._exit(0)

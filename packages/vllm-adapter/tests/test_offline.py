@@ -1,0 +1,56 @@
+"""Engine objects of one process: `attach` to an `LLM` and to an `AsyncLLM`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import checkpoints_of
+from oracle import Oracle
+from prompts import PROMPT, RunOffline
+
+from headrace.errors import ConfigError
+from headrace_vllm import attach
+
+pytestmark = pytest.mark.timeout(240)
+SUPPORT = Path(__file__).parent / "support"
+
+
+def test_sources_that_do_not_fit_leave_the_weights_alone(run_offline: RunOffline, tmp_path: Path) -> None:
+    made = checkpoints_of("qwen3", tmp_path)
+    results = run_offline([made[name] for name in ("a", "partial", "misshapen", "b")])
+    oracle = Oracle({name: made[name] for name in "ab"})
+    for which, result in zip("aaab", results, strict=True):
+        assert oracle.problems(PROMPT, result["answer"], [which] * 12) == []
+    assert [result.get("weights_state") for result in results] == [None, "old", "old", None]
+    assert [result["version"] for result in results] == [None, None, None, 1]
+
+
+def test_a_request_of_an_async_engine_goes_on(tmp_path: Path) -> None:
+    made = checkpoints_of("llama", tmp_path)
+    spec, out = tmp_path / "spec.json", tmp_path / "out.json"
+    told = {"checkpoints": [str(made["a"]), str(made["b"])], "prompt": PROMPT, "num_tokens": 450}
+    spec.write_text(json.dumps(told))
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(SUPPORT / "async_child.py"), str(spec), str(out)]
+    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=200, check=False)
+    assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    result = json.loads(out.read_text())
+    assert result["version"] == result["served"] == 1
+    versions = result["answer"]["versions"]
+    assert set(versions) == {"default", "1"}
+    names = [{"default": "a", "1": "b"}[version] for version in versions]
+    assert Oracle({name: made[name] for name in "ab"}).problems(PROMPT, result["answer"], names) == []
+
+
+def test_an_engine_that_was_not_started_for_headrace() -> None:
+    config = SimpleNamespace(weight_transfer_config=None, parallel_config=SimpleNamespace(worker_extension_cls=""))
+    with pytest.raises(ConfigError, match="not started for Headrace"):
+        attach(SimpleNamespace(vllm_config=config))
+    with pytest.raises(ConfigError, match="no vLLM engine"):
+        attach(object())

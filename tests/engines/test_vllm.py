@@ -1,0 +1,96 @@
+"""The suite of all engines on real vLLM servers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(ROOT / "packages" / "vllm-adapter" / "tests" / "support"))
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM: run `nox -s vllm`", allow_module_level=True)
+
+from checkpoints import checkpoints_of
+from engine_suite import EngineSuite
+from oracle import Oracle
+from vllm_server import VllmServer
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def socket_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set the socket folder for this process and the servers that it starts."""
+    folder = tmp_path_factory.mktemp("s")
+    folder.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRACE_SOCKET_DIR", str(folder))
+        yield
+
+
+@pytest.fixture(scope="class")
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return checkpoints_of(request.cls.family, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="class")
+def oracle(checkpoints: dict[str, Path]) -> Oracle:
+    return Oracle({name: checkpoints[name] for name in "abc"})
+
+
+@pytest.fixture(scope="class")
+def server(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    with VllmServer(checkpoints["a"], *request.cls.options, log=log, **request.cls.choices) as server:
+        yield server
+
+
+class VllmSuite(EngineSuite):
+    """What subclasses choose: the model, and the server's flags."""
+
+    family: ClassVar[str] = "qwen3"
+    options: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[dict[str, Any]] = {}
+
+
+class TestPacked(VllmSuite):
+    """As installed: kernels repack, everything of theirs goes through the loader."""
+
+
+@pytest.mark.slow
+class TestPlain(VllmSuite):
+    """Parameters keep the loader's layout, as on CUDA."""
+
+    choices = {"unpacked": True}
+
+
+@pytest.mark.slow
+class TestTensorParallelExperts(VllmSuite):
+    """A mixture of experts over two workers that share each layer."""
+
+    family = "qwen3-moe"
+    options = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
+    choices = {"unpacked": True}
+
+
+@pytest.mark.slow
+class TestTensorParallelPacked(VllmSuite):
+    """Two workers with repacked weights."""
+
+    options = ("--tensor-parallel-size", "2")
+
+
+@pytest.mark.slow
+class TestDataParallel(VllmSuite):
+    """Two engines behind one address."""
+
+    options = ("--data-parallel-size", "2")
