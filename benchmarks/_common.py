@@ -21,7 +21,9 @@ from headrace.telemetry import Span
 
 WARM_UPS = 2
 REPEATS = 5
+PATIENCE_S = 60.0
 _QUIET_LOAD = 0.7
+_seen: list[float] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +122,12 @@ class Step:
         self._bar.update(self._task, advance=1, description=what or None)  # type: ignore[arg-type]
 
 
-def wait_for_quiet(limit_s: float) -> float:
-    """Wait until little else runs on this machine, at most `limit_s`; returns the load then seen."""
+def wait_for_quiet(limit_s: float = PATIENCE_S) -> None:
+    """Wait until little else runs on this machine, at most `limit_s`; what is seen then goes into `machine`."""
     end = time.monotonic() + limit_s
     while (load := _busy_cores()) > _QUIET_LOAD and time.monotonic() < end:
         time.sleep(1.0)
-    return load
+    _seen.append(load)
 
 
 def _busy_cores(seconds: float = 1.0) -> float:
@@ -141,8 +143,8 @@ def _cpu_ticks() -> int:
     return user + nice + system + irq + soft
 
 
-def machine(busy_cores: float) -> Section:
-    """Return what this was measured on; `busy_cores` is what other work took before the benchmarks began."""
+def machine() -> Section:
+    """Return what this was measured on, and how quiet it was."""
     rows = (
         ("CPU", f"{_proc('/proc/cpuinfo', 'model name')}, {os.cpu_count()} cores"),
         ("memory", f"{int(_proc('/proc/meminfo', 'MemTotal').split()[0]) / 1e6:.0f} GB"),
@@ -150,7 +152,7 @@ def machine(busy_cores: float) -> Section:
         ("Python", platform.python_version()),
         ("torch", str(torch.__version__)),
         ("date", time.strftime("%Y-%m-%d", time.gmtime())),
-        ("busy with other work at the beginning of a benchmark", f"at most {busy_cores:.1f} cores"),
+        ("busy with other work before a series", f"{median(_seen):.1f} cores, at most {max(_seen):.1f}"),
         ("verify", "as each row says; `digest` where no row does"),
     )
     return Section("machine", "Machine", ("what", "value"), rows)

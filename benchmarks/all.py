@@ -1,7 +1,7 @@
 """Runs every benchmark; with `--write PAGE` the tables between a page's markers are replaced.
 
 Run as `python -m benchmarks.all --write docs/benchmarks.md`. About ten minutes and 8 GB of memory; other work on the
-machine shows in the numbers, so each benchmark waits for a quiet moment, at most `--patience` seconds.
+machine shows in the numbers, so each series of updates waits up to a minute for a quiet moment.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ def main() -> None:
         "--write", type=Path, metavar="PAGE", help="replace the tables between this page's markers"
     )
     parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS), metavar="NAME")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for a quiet machine")
     chosen = parser.parse_args()
-    loads = []
     for name in chosen.only:
-        loads.append(wait_for_quiet(chosen.patience))
+        wait_for_quiet()
         for section in BENCHMARKS[name]():
             report(section, chosen.write)
-    report(machine(max(loads)), chosen.write)
+    report(machine(), chosen.write)
 
 
 def report(section: Section, page: Path | None) -> None:

@@ -14,7 +14,16 @@ import torch
 from rich.console import Console
 
 from benchmarks._ceiling import PlainCopy
-from benchmarks._common import REPEATS, WARM_UPS, Section, Spread, Step, commit_seconds, progress
+from benchmarks._common import (
+    REPEATS,
+    WARM_UPS,
+    Section,
+    Spread,
+    Step,
+    commit_seconds,
+    progress,
+    wait_for_quiet,
+)
 from benchmarks._loader import SharedTensors
 from benchmarks._models import (
     DENSE,
@@ -102,6 +111,7 @@ def _following(
         server.update(engine.control, route="direct")
         for route in ROUTES:
             reports = []
+            wait_for_quiet()
             for _ in range(WARM_UPS + repeats):
                 step(f"routes, {route.name}")
                 change(tensors)
