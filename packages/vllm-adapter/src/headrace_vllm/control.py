@@ -42,11 +42,15 @@ class VllmControl(HttpEngine):
     def enrol(self, ticket: Ticket, deadline_s: float) -> None:
         """Hand the ticket to every worker, by vLLM's weight-transfer route or by the worker extension."""
         fields = asdict(ticket)
-        first = self._send("POST", "/init_weight_transfer_engine", deadline_s, json={"init_info": fields})
+        # After an error inside a route the server drops the connection, maybe while the next request is on its way.
+        once = {"connection": "close"}
+        first = self._send(
+            "POST", "/init_weight_transfer_engine", deadline_s, json={"init_info": fields}, headers=once
+        )
         if first.is_success:
             return
         call = {"method": "headrace_enrol", "kwargs": fields, "timeout": deadline_s}
-        second = self._send("POST", "/collective_rpc", deadline_s, json=call)
+        second = self._send("POST", "/collective_rpc", deadline_s, json=call, headers=once)
         if not second.is_success:
             said = [f"/init_weight_transfer_engine: {_brief(first)}", f"/collective_rpc: {_brief(second)}"]
             message = f"{self._url} does not take tickets ({'; '.join(said)}); {_START}"

@@ -13,7 +13,7 @@ os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 async def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Start a long request, update in the middle of it, and let it end."""
+    """Ask again and again while an update is made; one request is in flight over it."""
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -31,10 +31,10 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
     llm = AsyncLLM.from_engine_args(arguments)
     control = headrace_vllm.attach(llm)
     sampling = SamplingParams(temperature=0, max_tokens=spec["num_tokens"], ignore_eos=True, logprobs=1)
-    begun = asyncio.Event()
+    begun, done = asyncio.Event(), asyncio.Event()
 
-    async def ask() -> dict[str, Any]:
-        async for out in llm.generate({"prompt_token_ids": spec["prompt"]}, sampling, "r1"):
+    async def ask(number: int) -> dict[str, Any]:
+        async for out in llm.generate({"prompt_token_ids": spec["prompt"]}, sampling, f"r{number}"):
             begun.set()
             last = out.outputs[0]
         versions = [""] * len(last.token_ids)
@@ -43,14 +43,21 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
         logprobs = [last.logprobs[i][t].logprob for i, t in enumerate(last.token_ids)]
         return {"tokens": list(last.token_ids), "logprobs": logprobs, "versions": versions}
 
-    request = asyncio.create_task(ask())
+    async def keep_asking() -> list[dict[str, Any]]:
+        answers = []
+        while not done.is_set():
+            answers.append(await ask(len(answers)))
+        return answers
+
+    requests = asyncio.create_task(keep_asking())
     await begun.wait()
     with ParameterServer(spec["checkpoints"][1]) as server:
         report = await asyncio.to_thread(server.update, control)
-    answer = await request
+    done.set()
+    answers = await requests
     served = await asyncio.to_thread(control.served_version, 10.0)
     llm.shutdown()
-    return {"answer": answer, "version": report.version, "served": served}
+    return {"answers": answers, "version": report.version, "served": served}
 
 
 if __name__ == "__main__":
