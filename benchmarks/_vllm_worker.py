@@ -6,6 +6,7 @@ Named as vLLM's worker extension; importing it keeps live weights in the loader'
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class BenchExtension:
             return _timed(reload)
 
 
-def _timed(call: Any) -> float:
+def _timed(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin

@@ -19,8 +19,12 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from safetensors import safe_open
 
 from benchmarks._common import Section
+from headrace.protocols import EngineControl
+from headrace.report import UpdateReport
+from headrace.server.parameter_server import ParameterServer
 from headrace.testing.tiny_model import TinySize, make_tiny_qwen3, make_tiny_qwen3_moe
 
 ROOT = Path(__file__).parents[1]
@@ -76,10 +80,9 @@ def measure(name: str, tp: int, folder: Path) -> dict[str, Any]:
 
 def run_engine(name: str, tp: int, folder: Path) -> dict[str, Any]:
     """Be the engine: update again and again, and let vLLM load by itself between the updates."""
-    from vllm import LLM
+    from vllm import LLM  # noqa: PLC0415 - only the engine's own process has it
 
-    import headrace_vllm
-    from headrace.server.parameter_server import ParameterServer
+    import headrace_vllm  # noqa: PLC0415
 
     paths = [folder / f"{name}-{seed}" for seed in (1, 2)]
     llm = LLM(
@@ -106,7 +109,7 @@ def run_engine(name: str, tp: int, folder: Path) -> dict[str, Any]:
     return numbers | {"bytes": report.live_bytes, "opaque": opaque}
 
 
-def commit_of(report: Any) -> float:
+def commit_of(report: UpdateReport) -> float:
     """Return the slowest worker's commit."""
     return max(
         span.duration_s
@@ -115,7 +118,7 @@ def commit_of(report: Any) -> float:
     )
 
 
-def empty_pause(control: Any) -> float:
+def empty_pause(control: EngineControl) -> float:
     """Return the seconds of a pause and resume with nothing between."""
     begin = time.perf_counter()
     control.pause("recompute", 30.0)
@@ -126,9 +129,7 @@ def empty_pause(control: Any) -> float:
 def throughput(folder: Path, paths: list[Path]) -> Section:
     """Measure tokens per second of other requests before the command, and from the command to the pause."""
     sys.path.insert(0, str(SUPPORT))
-    from vllm_server import VllmServer
-
-    from headrace.server.parameter_server import ParameterServer
+    from vllm_server import VllmServer  # noqa: PLC0415 - the tests' own support
 
     options = ("--dtype", "bfloat16", "--max-num-seqs", "8")
     with VllmServer(paths[0], *options, log=folder / "vllm.log", unpacked=True) as server:
@@ -174,12 +175,12 @@ def throughput(folder: Path, paths: list[Path]) -> Section:
     )
 
 
-def _ask(server: Any, stop: threading.Event, number: int) -> None:
+def _ask(server: Any, stop: threading.Event, number: int) -> None:  # noqa: ANN401 - a VllmServer
     while not stop.is_set():
         server.generate([10 + number, 11, 12, 13], 64, logprobs=None)
 
 
-def _sample(server: Any, stop: threading.Event, samples: list[tuple[float, float]]) -> None:
+def _sample(server: Any, stop: threading.Event, samples: list[tuple[float, float]]) -> None:  # noqa: ANN401
     while not stop.is_set():
         lines = server.client.get("/metrics").text.splitlines()
         total = sum(
@@ -209,12 +210,11 @@ def loading(folder: Path, sizes: list[int]) -> Section:
     for name in ("dense", "mixture"):
         paths = make(name, folder)
         tensors = _num_tensors(paths[0])
-        for tp in sizes:
-            rows.append(_row(name, tp, tensors, measure(name, tp, folder)))
+        rows += [_row(name, tp, tensors, measure(name, tp, folder)) for tp in sizes]
     notes = (
-        "Commit, stall and total are Headrace's, verify none; copy is one plain copy of a worker's parameters, the ceiling.",
-        "To reach: commit/copy at most 1.3; stall at most commit + empty pause + 20 ms; load_weights/commit at least 2.5 "
-        "for the mixture; layerwise/commit at least 10 for the mixture, 2.5 for the dense model.",
+        "Commit, stall and total are Headrace's, verify none; copy is one plain copy of a worker's parameters.",
+        "To reach: commit/copy at most 1.3; stall at most commit + empty pause + 20 ms; load_weights/commit at least "
+        "2.5 for the mixture; layerwise/commit at least 10 for the mixture, 2.5 for the dense model.",
     )
     return Section("vllm", "vLLM 0.32 on a CPU: medians", COLUMNS, tuple(rows), notes)
 
@@ -230,8 +230,6 @@ def _row(name: str, tp: int, tensors: int, found: dict[str, Any]) -> tuple[str, 
 
 
 def _num_tensors(folder: Path) -> int:
-    from safetensors import safe_open
-
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

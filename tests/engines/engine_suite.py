@@ -1,7 +1,8 @@
 """One suite for all engines with a server: what an update under load must keep. Subclass it per engine.
 
 A subclass gives fixtures `server` (class-scoped: `target`, `generate(prompt, max_tokens)`, `version()`), `checkpoints`
-(by name: `a` is what the server was started with, `b`, `c`, `partial`, `misshapen`) and `oracle` (keys: names of checkpoints).
+(by name: `a` is what the server was started with, `b`, `c`, `partial`, `misshapen`) and `oracle`, whose versions are
+names of checkpoints.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class EngineSuite:
         assert load.errors == []
         spans = [set(answer["versions"]) for _, answer in load.answers]
         assert any(len(versions) > 1 for versions in spans), "no request was in flight over an update"
-        for prompt, answer in load.answers:
+        for _, answer in load.answers:
             assert len(answer["tokens"]) == NUM_TOKENS
             versions = list(map(_number, answer["versions"]))
             assert versions == sorted(versions)
@@ -163,7 +164,9 @@ class EngineSuite:
         if phase != "stage":
             return
 
-        found = [p for p in psutil.Process().children(recursive=True) if "headrace.holder" in " ".join(p.cmdline())]
+        found = [
+            p for p in psutil.Process().children(recursive=True) if "headrace.holder" in " ".join(p.cmdline())
+        ]
         for process in found:
             process.kill()
             process.wait(10)

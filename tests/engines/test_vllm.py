@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT / "packages" / "vllm-adapter" / "tests" / "support")
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: run `nox -s vllm`", allow_module_level=True)
 
-from checkpoints import checkpoints_of
-from engine_suite import EngineSuite
-from oracle import Oracle
-from vllm_server import VllmServer
+from checkpoints import checkpoints_of  # noqa: E402
+from engine_suite import EngineSuite  # noqa: E402
+from oracle import Oracle  # noqa: E402
+from vllm_server import VllmServer  # noqa: E402
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -70,7 +70,7 @@ class TestPacked(VllmSuite):
 class TestPlain(VllmSuite):
     """Parameters keep the loader's layout, as on CUDA."""
 
-    choices = {"unpacked": True}
+    choices: ClassVar[dict[str, Any]] = {"unpacked": True}
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ class TestTensorParallelExperts(VllmSuite):
 
     family = "qwen3-moe"
     options = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
-    choices = {"unpacked": True}
+    choices: ClassVar[dict[str, Any]] = {"unpacked": True}
 
 
 @pytest.mark.slow

@@ -15,11 +15,12 @@ import pytest
 SUPPORT = Path(__file__).parent / "support"
 sys.path.insert(0, str(SUPPORT))
 
-from prompts import PROMPT, RunOffline
+from prompts import PROMPT, RunOffline  # noqa: E402 - found there
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-collect_ignore = [] if HAS_VLLM else ["test_families.py", "test_server.py", "test_parallel.py", "test_offline.py"]
-
+collect_ignore = (
+    [] if HAS_VLLM else ["test_families.py", "test_server.py", "test_parallel.py", "test_offline.py"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +36,30 @@ def socket_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def run_offline(tmp_path: Path) -> RunOffline:
     """Return a function that runs `offline_child.py` and returns its results."""
 
-    def run(checkpoints: list[Path], *, unpacked: bool = False, num_tokens: int = 12, **engine: object) -> list[dict[str, Any]]:
+    def run(
+        checkpoints: list[Path],
+        *,
+        unpacked: bool = False,
+        num_tokens: int = 12,
+        lora: Path | None = None,
+        **engine: object,
+    ) -> list[dict[str, Any]]:
         spec, out = tmp_path / "spec.json", tmp_path / "out.json"
         told = {"checkpoints": [str(c) for c in checkpoints], "prompt": PROMPT, "num_tokens": num_tokens}
-        spec.write_text(json.dumps(told | {"unpacked": unpacked, "engine": engine}))
-        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        spec.write_text(
+            json.dumps(told | {"unpacked": unpacked, "engine": engine, "lora": lora and str(lora)})
+        )
+        quiet = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
         quiet["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         command = [sys.executable, str(SUPPORT / "offline_child.py"), str(spec), str(out)]
-        done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=170, check=False)
+        done = subprocess.run(
+            command, env=os.environ | quiet, capture_output=True, text=True, timeout=170, check=False
+        )
         assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
         return results

@@ -1,4 +1,4 @@
-"""Families that vLLM loads in different ways, on packed and on plain kernels: after every update, the source's answers."""
+"""Families that vLLM loads in different ways, on packed and plain kernels: after every update, the source's answers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prompts import PROMPT, RunOffline
 from families import FAMILIES
 from oracle import Oracle
+from prompts import PROMPT, RunOffline
 
 pytestmark = pytest.mark.timeout(180)
 
-FAST = {("qwen3", "packed", "auto"), ("qwen3-moe", "packed", "auto"), ("deepseek-v3", "plain", "dummy"), ("gpt-oss", "plain", "auto")}
+FAST = {
+    ("qwen3", "packed", "auto"),
+    ("qwen3-moe", "packed", "auto"),
+    ("deepseek-v3", "plain", "dummy"),
+    ("gpt-oss", "plain", "auto"),
+}
 CASES = [
-    pytest.param(name, kernels, load_format, marks=() if (name, kernels, load_format) in FAST else pytest.mark.slow)
+    pytest.param(
+        name, kernels, load_format, marks=() if (name, kernels, load_format) in FAST else pytest.mark.slow
+    )
     for name, family in FAMILIES.items()
-    for kernels, load_format in (("packed", "auto"), ("packed", "dummy"), ("plain", "auto"), ("plain", "dummy"))
+    for kernels, load_format in (
+        ("packed", "auto"),
+        ("packed", "dummy"),
+        ("plain", "auto"),
+        ("plain", "dummy"),
+    )
     if family.packed or kernels == "plain"
 ]
 
@@ -28,7 +40,10 @@ def test_every_update_answers_as_its_source(
     family = FAMILIES[name]
     checkpoints = [family.make(tmp_path, seed) for seed in (1, 2, 3)]
     results = run_offline(
-        [checkpoints[i] for i in (0, 1, 2, 0)], unpacked=kernels == "plain", load_format=load_format, **family.engine
+        [checkpoints[i] for i in (0, 1, 2, 0)],
+        unpacked=kernels == "plain",
+        load_format=load_format,
+        **family.engine,
     )
     oracle = Oracle({str(i): folder for i, folder in enumerate(checkpoints)})
     assert [result["version"] for result in results] == [None, 1, 2, 3]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import checkpoints_of
+from checkpoints import checkpoints_of, make_adapter, merge_adapter
 from oracle import Oracle
 from prompts import PROMPT, RunOffline
 
@@ -31,14 +31,41 @@ def test_sources_that_do_not_fit_leave_the_weights_alone(run_offline: RunOffline
     assert [result["version"] for result in results] == [None, None, None, 1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("unpacked", "load_format"), [(False, "auto"), (True, "auto"), (True, "dummy")])
+def test_adapters_stay_when_their_base_changes(
+    unpacked: bool, load_format: str, run_offline: RunOffline, tmp_path: Path
+) -> None:
+    made = checkpoints_of("qwen3", tmp_path)
+    adapter = make_adapter(made["a"], tmp_path / "adapter", seed=7)
+    merged = {name: merge_adapter(made[name], adapter) for name in "abc"}
+    results = run_offline(
+        [made[name] for name in "abc"], unpacked=unpacked, lora=adapter, load_format=load_format,
+        enable_lora=True, max_lora_rank=8, max_loras=1,
+    )  # fmt: skip
+    plain, adapted = Oracle({name: made[name] for name in "abc"}), Oracle(merged)
+    for which, result in list(zip("abc", results, strict=True))[load_format == "dummy" :]:
+        assert "error" not in result
+        assert plain.problems(PROMPT, result["answer"], [which] * 12) == []
+        assert adapted.problems(PROMPT, result["adapted"], [which] * 12) == []
+        assert result["adapted"]["logprobs"] != result["answer"]["logprobs"]
+
+
 def test_a_request_of_an_async_engine_goes_on(tmp_path: Path) -> None:
     made = checkpoints_of("llama", tmp_path)
     spec, out = tmp_path / "spec.json", tmp_path / "out.json"
     told = {"checkpoints": [str(made["a"]), str(made["b"])], "prompt": PROMPT, "num_tokens": 450}
     spec.write_text(json.dumps(told))
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     command = [sys.executable, str(SUPPORT / "async_child.py"), str(spec), str(out)]
-    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, env=os.environ | quiet, capture_output=True, text=True, timeout=200, check=False
+    )
     assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     result = json.loads(out.read_text())
     assert result["version"] == result["served"] == 1
@@ -49,7 +76,9 @@ def test_a_request_of_an_async_engine_goes_on(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_was_not_started_for_headrace() -> None:
-    config = SimpleNamespace(weight_transfer_config=None, parallel_config=SimpleNamespace(worker_extension_cls=""))
+    config = SimpleNamespace(
+        weight_transfer_config=None, parallel_config=SimpleNamespace(worker_extension_cls="")
+    )
     with pytest.raises(ConfigError, match="not started for Headrace"):
         attach(SimpleNamespace(vllm_config=config))
     with pytest.raises(ConfigError, match="no vLLM engine"):

@@ -53,7 +53,9 @@ def test_first_weights_of_two_servers_through_both_doors(
         VllmServer(checkpoints["a"], *dummy, log=tmp_path / "2.log", extension=True) as two,
     ):
         for turn, name in enumerate("bc", start=1):
-            made = headrace("update", "--checkpoint", str(checkpoints[name]), "--to", one.target, "--to", two.target)
+            made = headrace(
+                "update", "--checkpoint", str(checkpoints[name]), "--to", one.target, "--to", two.target
+            )
             assert made["version"] == turn
             for server in (one, two):
                 assert server.version() == str(turn)
@@ -90,7 +92,9 @@ def test_what_development_mode_opens(checkpoints: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_server_without_development_mode_says_how_to_start_it(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_server_without_development_mode_says_how_to_start_it(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     with VllmServer(checkpoints["a"], log=tmp_path / "1.log", dev_mode=False) as server:
         control = VllmControl(server.url)
         with pytest.raises(BackendUnavailableError, match="VLLM_SERVER_DEV_MODE=1"):

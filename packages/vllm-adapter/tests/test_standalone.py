@@ -19,7 +19,9 @@ def test_the_control_needs_no_vllm() -> None:
         "from headrace_vllm import VllmControl, attach\n"
         "VllmControl('http://127.0.0.1:9').close(); assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -187,7 +187,9 @@ class VllmBackend:
 
 
 def _bare_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"{path}.".replace(_BASE_LAYER, ".").rstrip("."), module) for path, module in model.named_modules()]
+    return [
+        (f"{path}.".replace(_BASE_LAYER, ".").rstrip("."), module) for path, module in model.named_modules()
+    ]
 
 
 def _rewritten(module: nn.Module, twin: nn.Module | None) -> bool:
@@ -196,8 +198,11 @@ def _rewritten(module: nn.Module, twin: nn.Module | None) -> bool:
         return True
     if twin is None:
         return False
-    layouts = ({n: (p.shape, p.dtype, p.stride()) for n, p in m._parameters.items() if p is not None} for m in (module, twin))
-    return next(layouts) != next(layouts)
+    return _layouts(module) != _layouts(twin)
+
+
+def _layouts(module: nn.Module) -> dict[str, object]:
+    return {name: (p.shape, p.dtype, p.stride()) for name, p in module._parameters.items() if p is not None}
 
 
 def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -206,7 +211,10 @@ def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _loadable(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters and persistent buffers that Headrace can move, tied ones under their first name."""
-    kept = {f"{path}." if path else "": module._non_persistent_buffers_set for path, module in model.named_modules()}
+    kept = {
+        f"{path}." if path else "": module._non_persistent_buffers_set
+        for path, module in model.named_modules()
+    }
     buffers = {
         _bare(name): tensor
         for name, tensor in model.named_buffers()
@@ -224,14 +232,20 @@ def _identity(config: Any, device: torch.device, model: nn.Module) -> WorkerIden
     parallel, hf = config.parallel_config, config.model_config.hf_config
     rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
     worker = WorkerId(f"{socket.gethostname()}-{config.instance_id}", rank)
-    digest = hashlib.sha256(f"{hf.to_json_string(use_diff=False)}{_quantisation(config)}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        f"{hf.to_json_string(use_diff=False)}{_quantisation(config)}".encode()
+    ).hexdigest()[:16]
     layout = (
         f"vllm {vllm.__version__} headrace-vllm {version('headrace-vllm')} {type(model).__name__} {digest} "
         f"{config.model_config.dtype} tp {parallel.tensor_parallel_size} pp {parallel.pipeline_parallel_size} "
         f"ep {parallel.enable_expert_parallel} dp {parallel.data_parallel_size} rank {rank} "
         f"kernels {_kernels(model)}"
     )
-    uuid = f"cpu-{socket.gethostname()}" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+    uuid = (
+        f"cpu-{socket.gethostname()}"
+        if device.type == "cpu"
+        else str(torch.cuda.get_device_properties(device).uuid)
+    )
     return WorkerIdentity(worker, parallel.world_size_across_dp, str(device), uuid, layout)
 
 

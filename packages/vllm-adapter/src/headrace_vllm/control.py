@@ -7,7 +7,13 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from headrace.engine_http import HttpEngine, decoded
-from headrace.errors import BackendUnavailableError, ConfigError, HeadraceError, LocalProtocolError, RemoteProtocolError
+from headrace.errors import (
+    BackendUnavailableError,
+    ConfigError,
+    HeadraceError,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -32,7 +38,9 @@ class VllmControl(HttpEngine):
         """Return the number of workers over all data-parallel replicas behind this address."""
         response = self._send("GET", "/get_world_size", deadline_s)
         if response.status_code == HTTPStatus.NOT_FOUND:
-            message = f"{self._url} has no /get_world_size: it is no vLLM, or not one that takes updates; {_START}"
+            message = (
+                f"{self._url} has no /get_world_size: it is no vLLM, or not one that takes updates; {_START}"
+            )
             raise BackendUnavailableError(message, name=self._url)
         count = self._answer("/get_world_size", response).get("world_size")
         if not isinstance(count, int) or count < 1:
@@ -63,7 +71,9 @@ class VllmControl(HttpEngine):
 
     def confirm(self, version: int, deadline_s: float) -> None:
         """Have vLLM report the version: `/weight_info`, and the spans of every token from now on."""
-        response = self._send("POST", "/update_weight_version", deadline_s, json={"new_version": str(version)})
+        response = self._send(
+            "POST", "/update_weight_version", deadline_s, json={"new_version": str(version)}
+        )
         if response.status_code == HTTPStatus.NOT_FOUND:
             return
         self._answer("/update_weight_version", response)

@@ -32,7 +32,9 @@ def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineCon
     Raises:
         ConfigError: The engine was not started for Headrace, or an `AsyncLLM` is given outside of its loop.
     """
-    config = getattr(llm, "vllm_config", None) or getattr(getattr(llm, "llm_engine", None), "vllm_config", None)
+    config = getattr(llm, "vllm_config", None) or getattr(
+        getattr(llm, "llm_engine", None), "vllm_config", None
+    )
     if config is None:
         message = f"{type(llm).__name__} is no vLLM engine; give an LLM, an LLMEngine or an AsyncLLM"
         raise ConfigError(message, name="llm")
@@ -160,7 +162,9 @@ class AsyncLlmControl(_Attached):
 
     def enrol(self, ticket: Ticket, deadline_s: float) -> None:
         """Hand the ticket to every worker."""
-        self._wait(self._engine.collective_rpc(self._method, kwargs=_call_of(self._method, ticket)), deadline_s)
+        self._wait(
+            self._engine.collective_rpc(self._method, kwargs=_call_of(self._method, ticket)), deadline_s
+        )
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Freeze requests; with `recompute` their KV and all prefix caches are dropped."""

@@ -26,7 +26,9 @@ def register() -> None:
     from headrace_vllm.watch import watch_model_loading  # noqa: PLC0415
 
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "headrace_vllm.transfer", "HeadraceTransferEngine")
+        WeightTransferEngineFactory.register_engine(
+            BACKEND, "headrace_vllm.transfer", "HeadraceTransferEngine"
+        )
     try:
         check_version(vllm.__version__)
     except BackendUnavailableError as error:

@@ -65,13 +65,13 @@ def process_again(module: nn.Module, device: torch.device) -> None:
     Raises:
         ApplyError: The module's kernel packs its weights in a way that vLLM cannot repeat on this device.
     """
-    method: Any = module.quant_method
-    if hasattr(module, "_already_called_process_weights_after_loading"):
-        del module._already_called_process_weights_after_loading
-    _forget_kernel(module, method, device)
-    method.process_weights_after_loading(module)
-    if hasattr(module, "update_param_tp_status"):
-        module.update_param_tp_status()
+    layer: Any = module
+    if hasattr(layer, "_already_called_process_weights_after_loading"):
+        del layer._already_called_process_weights_after_loading
+    _forget_kernel(module, layer.quant_method, device)
+    layer.quant_method.process_weights_after_loading(module)
+    if hasattr(layer, "update_param_tp_status"):
+        layer.update_param_tp_status()
 
 
 def _forget_kernel(module: nn.Module, method: Any, device: torch.device) -> None:  # noqa: ANN401
@@ -94,7 +94,9 @@ def _packs(experts: Any) -> bool:  # noqa: ANN401 - a FusedMoEExperts
 
     own = getattr(type(experts), "process_weights_after_loading", None)
     bases = (getattr(modular_kernel, name, None) for name in ("FusedMoEExperts", "FusedMoEExpertsModular"))
-    return own is not None and all(own is not getattr(base, "process_weights_after_loading", None) for base in bases)
+    return own is not None and all(
+        own is not getattr(base, "process_weights_after_loading", None) for base in bases
+    )
 
 
 def _put_back(module: nn.Module, name: str, old: nn.Parameter | None) -> None:
@@ -112,10 +114,12 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Take LoRA's wrappers out of a module tree for as long as the loader runs: it knows only the base's names."""
     from vllm.lora.layers import BaseLayerWithLoRA  # noqa: PLC0415
 
-    taken: list[tuple[nn.Module, str, nn.Module]] = []
+    taken: list[tuple[nn.Module, str, Any]] = []
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, BaseLayerWithLoRA) and isinstance(getattr(child, "base_layer", None), nn.Module):
+            if isinstance(child, BaseLayerWithLoRA) and isinstance(
+                getattr(child, "base_layer", None), nn.Module
+            ):
                 taken.append((parent, name, child))
     try:
         for parent, name, child in taken:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class HeadraceInitInfo(WeightTransferInitInfo):
+class HeadraceInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """A Ticket's fields: where this worker's receiver dials, and how it proves that it was asked to."""
 
     update_id: str
@@ -33,7 +33,7 @@ class HeadraceInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class HeadraceUpdateInfo(WeightTransferUpdateInfo):
+class HeadraceUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Nothing: what to copy comes over the receiver's own connection."""
 
 
@@ -65,7 +65,9 @@ class HeadraceTransferEngine(WeightTransferEngine[HeadraceInitInfo, HeadraceUpda
         Raises:
             LocalProtocolError: Always.
         """
-        message = "weights come through Headrace, not through /update_weights; run `headrace update --to vllm=URL`"
+        message = (
+            "weights come through Headrace, not through /update_weights; run `headrace update --to vllm=URL`"
+        )
         raise LocalProtocolError(message)
 
     def finish_weight_update(self) -> None:

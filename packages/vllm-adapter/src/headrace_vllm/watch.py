@@ -130,14 +130,17 @@ def _watch_method(method: Any) -> None:  # noqa: ANN401 - a QuantizeMethodBase
 
 
 def _note(layer: nn.Module, method: Any, original: Callable[[nn.Module], None]) -> None:  # noqa: ANN401
-    before = {name: (p, None if p.is_meta else p.detach().clone()) for name, p in layer._parameters.items() if p is not None}
+    had = {name: p for name, p in layer._parameters.items() if p is not None}
+    before = {name: (p, None if p.is_meta else p.detach().clone()) for name, p in had.items()}
     attributes = _attributes(layer, method)
     original(layer)
     rewrote = before.keys() != {name for name, p in layer._parameters.items() if p is not None} or any(
         copy is None or not _unchanged(copy, layer._parameters[name]) for name, (_, copy) in before.items()
     )
     own = {id(p) for p in layer._parameters.values()} | {id(p) for p, _ in before.values()}
-    storages = {p.untyped_storage().data_ptr() for p in layer._parameters.values() if p is not None and p.numel()}
+    storages = {
+        p.untyped_storage().data_ptr() for p in layer._parameters.values() if p is not None and p.numel()
+    }
     new = [value for key, value in _attributes(layer, method).items() if attributes.get(key) is not value]
     tensors = [t for value in new for t in _tensors_in(value, _MAX_DEPTH, set())]
     keeps = any(id(t) not in own and t.untyped_storage().data_ptr() not in storages for t in tensors)

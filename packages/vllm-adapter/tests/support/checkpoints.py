@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ def checkpoints_of(family: str, folder: Path) -> dict[str, Path]:
     tensors = load_file(made["b"] / "model.safetensors")
     norm = next(name for name in tensors if name.endswith("norm.weight"))
     made["partial"] = _variant(made["b"], "partial", {k: v for k, v in tensors.items() if k != norm})
-    made["misshapen"] = _variant(made["b"], "misshapen", tensors | {norm: torch.ones(tensors[norm].numel() + 1)})
+    made["misshapen"] = _variant(
+        made["b"], "misshapen", tensors | {norm: torch.ones(tensors[norm].numel() + 1)}
+    )
     return made
 
 
@@ -25,3 +28,36 @@ def _variant(source: Path, name: str, tensors: dict[str, torch.Tensor]) -> Path:
     shutil.copytree(source, target)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def make_adapter(base: Path, folder: Path, seed: int, rank: int = 8) -> Path:
+    """Write a random LoRA adapter in peft's form for a base's query and value projections."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if name.endswith(("q_proj.weight", "v_proj.weight")):
+            rows, columns = weight.shape
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * columns**-0.5
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.5
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merge_adapter(base: Path, adapter: Path) -> Path:
+    """Write what a base and an adapter compute together as a checkpoint of its own."""
+    tensors = load_file(base / "model.safetensors")
+    parts = load_file(adapter / "adapter_model.safetensors")
+    for key in (key for key in parts if key.endswith("lora_A.weight")):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        tensors[name] += parts[key.replace("lora_A", "lora_B")] @ parts[key]
+    return _variant(base, f"merged-{adapter.name}", tensors)

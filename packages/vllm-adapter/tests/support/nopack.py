@@ -61,7 +61,9 @@ def _no_packing(self: Any, layer: Any) -> None:
 _route = CPURouter._compute_routing
 
 
-def _route_with_bias(self: Any, hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None) -> Any:
+def _route_with_bias(
+    self: Any, hidden_states: Any, router_logits: Any, indices_type: Any, *, input_ids: Any = None
+) -> Any:
     bias, scoring = self.e_score_correction_bias, self.scoring_func
     known = not self.use_grouped_topk and self.custom_routing_function is None
     if not known or scoring not in ("softmax", "sigmoid") or (bias is None and scoring == "softmax"):

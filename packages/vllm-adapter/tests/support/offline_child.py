@@ -1,6 +1,7 @@
-"""Runs an `LLM` in this one process through updates, and prints what it answered: `python offline_child.py SPEC.json`.
+"""Runs an `LLM` in this one process through updates: `python offline_child.py SPEC.json OUT.json`.
 
-SPEC holds `checkpoints` (the first is the engine's own), `prompt`, `num_tokens`, `unpacked`, `engine` (options of `LLM`).
+SPEC holds `checkpoints` (the first is the engine's own), `prompt`, `num_tokens`, `unpacked`, and `engine`: options of
+`LLM`. With `lora`, a folder, every question is asked with that adapter too.
 """
 
 from __future__ import annotations
@@ -19,24 +20,41 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["unpacked"]:
         import nopack  # noqa: F401 - it changes vLLM when it is imported
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     import headrace_vllm
     from headrace.errors import HeadraceError
     from headrace.server.parameter_server import ParameterServer
 
-    small = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_model_len": 512, "dtype": "float32"}
-    llm = LLM(spec["checkpoints"][0], **{**small, "weight_transfer_config": {"backend": "headrace"}, **spec["engine"]})
+    small = {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_model_len": 512,
+        "dtype": "float32",
+    }
+    llm = LLM(
+        spec["checkpoints"][0],
+        **{**small, "weight_transfer_config": {"backend": "headrace"}, **spec["engine"]},
+    )
     sampling = SamplingParams(temperature=0, max_tokens=spec["num_tokens"], ignore_eos=True, logprobs=1)
 
-    def answer() -> dict[str, Any]:
-        out = llm.generate([{"prompt_token_ids": spec["prompt"]}], sampling, use_tqdm=False)[0].outputs[0]
+    def answer(lora: object = None) -> dict[str, Any]:
+        out = llm.generate(
+            [{"prompt_token_ids": spec["prompt"]}], sampling, use_tqdm=False, lora_request=lora
+        )[0].outputs[0]
         return {
             "tokens": list(out.token_ids),
             "logprobs": [out.logprobs[i][t].logprob for i, t in enumerate(out.token_ids)],
         }
 
     control = headrace_vllm.attach(llm)
-    results: list[dict[str, Any]] = [{"answer": answer(), "version": control.served_version(10)}]
+    adapter = LoRARequest("one", 1, spec["lora"]) if spec.get("lora") else None
+
+    def state() -> dict[str, Any]:
+        adapted = {"adapted": answer(adapter)} if adapter else {}
+        return {"answer": answer(), "version": control.served_version(10)} | adapted
+
+    results: list[dict[str, Any]] = [state()]
     for checkpoint in spec["checkpoints"][1:]:
         result: dict[str, Any] = {}
         with ParameterServer(checkpoint) as server:
@@ -46,7 +64,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
                 result["unused"] = list(report.unused_names)
             except HeadraceError as error:
                 result["error"], result["weights_state"] = str(error), error.weights_state
-        results.append(result | {"answer": answer(), "version": control.served_version(10)})
+        results.append(result | state())
     return {"results": results}
 
 

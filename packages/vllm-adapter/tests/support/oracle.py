@@ -34,9 +34,15 @@ class Oracle:
         """Return what is wrong with an answer: tokens or log-probabilities that its weights would not give."""
         return self.problems_of([(prompt, answer, list(versions or answer["versions"]))])
 
-    def problems_of(self, answers: Sequence[tuple[Sequence[int], Mapping[str, Any], Sequence[str]]]) -> list[str]:
+    def problems_of(
+        self, answers: Sequence[tuple[Sequence[int], Mapping[str, Any], Sequence[str]]]
+    ) -> list[str]:
         """Return what is wrong with answers, all of one length together: prompt, answer, version of every token."""
-        found = [f"version {v!r} is none that was given" for _, _, said in answers for v in set(said) - set(self._models)]
+        found = [
+            f"version {v!r} is none that was given"
+            for _, _, said in answers
+            for v in set(said) - set(self._models)
+        ]
         for version in self._models:
             of_it = [item for item in answers if version in item[2]]
             for begin in range(0, len(of_it), 32):
@@ -46,7 +52,9 @@ class Oracle:
         return found
 
     @torch.inference_mode()
-    def _logprobs(self, version: str, items: Sequence[tuple[Sequence[int], Mapping[str, Any], Sequence[str]]]) -> torch.Tensor:
+    def _logprobs(
+        self, version: str, items: Sequence[tuple[Sequence[int], Mapping[str, Any], Sequence[str]]]
+    ) -> torch.Tensor:
         ids = torch.tensor([[*prompt, *answer["tokens"]] for prompt, answer, _ in items])
         return torch.log_softmax(self._models[version](ids).logits.float(), -1)
 

@@ -26,7 +26,16 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
-SMALL = ("--enforce-eager", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "512", "--dtype", "float32", "--enable-scale-out")
+SMALL = (
+    "--enforce-eager",
+    "--kv-cache-memory-bytes",
+    "67108864",
+    "--max-model-len",
+    "512",
+    "--dtype",
+    "float32",
+    "--enable-scale-out",
+)
 
 
 class VllmServer:
@@ -56,12 +65,28 @@ class VllmServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.target = f"vllm={self.url}"
         self.log = log
-        doors = ("--worker-extension-cls", "headrace_vllm.WorkerExtension") if extension else ("--weight-transfer-config", TRANSFER)
+        doors = (
+            ("--worker-extension-cls", "headrace_vllm.WorkerExtension")
+            if extension
+            else ("--weight-transfer-config", TRANSFER)
+        )
         doors += ("--worker-extension-cls", "nopack.Unpacked") if unpacked else ()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port), *SMALL, *doors, *options]
+        command += [
+            "--served-model-name",
+            "m",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *SMALL,
+            *doors,
+            *options,
+        ]
         path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
+        environment = (
+            os.environ | QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
+        )
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
