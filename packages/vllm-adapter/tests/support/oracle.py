@@ -19,6 +19,7 @@ class Oracle:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        torch.set_num_threads(1)  # engines run beside it
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         with warnings.catch_warnings():
