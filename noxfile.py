@@ -125,6 +125,13 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Tests that need GPUs, with a torch built for them; each is skipped, with the reason, where there are too few."""
+    _install(session, core_extras="engine,test")
+    session.run("python", "-m", "pytest", "packages/core/tests/gpu", *session.posargs, env=QUIET)
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measured numbers beside ceilings of the same run; names of modules in `benchmarks/` choose some."""
     _install(session, core_extras="engine,test,plot")

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from statistics import median
 
+import numpy as np
 import torch
 
 from benchmarks._models import Model
@@ -15,6 +16,7 @@ from headrace.config import host_settings
 from headrace.geometry import Box
 from headrace.protocols import InferenceBackend, SourceRegion
 from headrace.recording.cache import RecipeCache
+from headrace.store.device import Shard
 from headrace.testing.recipe_backend import RecipeBackend
 from headrace.types import ITEMSIZES, ParamTable, WorkerId
 
@@ -64,6 +66,59 @@ class PoolSource:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def make_shards(model: Model, num_gpus: int) -> list[Shard]:
+    """Return a trainer's shards as FSDP2 cuts them: equal parts of every tensor's rows on each GPU; no content yet."""
+    shards = []
+    for meta in model.params():
+        each = -(-meta.shape[0] // num_gpus)
+        for gpu in range(num_gpus):
+            begin, end = min(gpu * each, meta.shape[0]), min((gpu + 1) * each, meta.shape[0])
+            box = Box((begin, *(0,) * (len(meta.shape) - 1)), (end - begin, *meta.shape[1:]))
+            if end > begin:
+                kind = getattr(torch, meta.dtype)
+                shards.append(Shard(meta, box, torch.empty(box.shape, dtype=kind, device=f"cuda:{gpu}")))
+    return shards
+
+
+def bytes_of_peers(model: Model, num_gpus: int, rank: int) -> int:
+    """Return how much of what a worker needs lies in shards of other GPUs."""
+    recipe = model.recipe(num_gpus, rank)
+    regions, rows = recipe.regions, recipe.sources.shapes[recipe.regions.param, 0]
+    each = -(-rows // num_gpus)
+    begin, end = np.minimum(rank * each, rows), np.minimum((rank + 1) * each, rows)
+    first, last = regions.offsets[:, 0], regions.offsets[:, 0] + regions.shape[:, 0]
+    own = np.maximum(np.minimum(last, end) - np.maximum(first, begin), 0)
+    sizes = regions.num_elements * ITEMSIZES[recipe.sources.dtype_codes[regions.param]]
+    return int((sizes * (regions.shape[:, 0] - own) // np.maximum(regions.shape[:, 0], 1)).sum())
+
+
+def write_shards(shards: Sequence[Shard], pools: Sequence[torch.Tensor], version: int) -> None:
+    """Write a version into a trainer's shards; `pools` is the pool on each GPU."""
+    for shard in shards:
+        row_bytes = shard.meta.num_bytes // shard.meta.shape[0]
+        begin = place_of(shard.meta.name, version, shard.meta.num_bytes) + shard.box.offsets[0] * row_bytes
+        part = pools[shard.tensor.device.index][begin : begin + shard.tensor.nbytes]
+        shard.tensor.view(torch.uint8).view(-1).copy_(part)
+
+
+def peer_to_peer() -> float:
+    """Return bytes per second from one GPU into another, both ways at once."""
+    buffers = [
+        [torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=f"cuda:{gpu}") for _ in range(2)]
+        for gpu in range(2)
+    ]
+    streams = [[torch.cuda.Stream(gpu) for gpu in range(2)] for _ in range(2)]
+
+    def work() -> None:
+        for gpu, (first, second) in enumerate(streams):
+            with torch.cuda.stream(first), torch.cuda.stream(second):
+                buffers[gpu][0].copy_(buffers[1 - gpu][1], non_blocking=True)
+        for stream in (*streams[0], *streams[1]):
+            stream.synchronize()
+
+    return BLOCK_BYTES / _seconds(work)
 
 
 def gpu_worker(worker: WorkerId, world_size: int, model: Model) -> RecipeBackend:

@@ -24,6 +24,7 @@ from benchmarks.all import report
 from headrace.config import GIB
 from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
+from headrace.store.device import DeviceSource
 from headrace.testing.bare_engine import BareEngine
 from headrace.testing.shapes import QWEN3_8B, QWEN3_30B_A3B
 
@@ -133,6 +134,50 @@ def _row(case: Case, reports: Sequence[UpdateReport], extra: int, ceilings: Ceil
     )
 
 
+def measure_colocated(model: Model, repeats: int) -> tuple[str, ...]:
+    """Measure a trainer's row shards on two GPUs going to workers of the same two, read where they are.
+
+    Raises:
+        SystemExit: A worker does not hold the source's bytes.
+    """
+    nvlink = _gpu.peer_to_peer()
+    torch.cuda.empty_cache()
+    source, reports = DeviceSource(_gpu.make_shards(model, 2)), []
+    pools = [_gpu.make_pool().to(f"cuda:{gpu}") for gpu in range(2)]
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        BareEngine(_gpu.gpu_worker, 2, model, environment={"HEADRACE_RECIPE_CACHE": cache}) as engine,
+        ParameterServer(source=source) as server,
+    ):
+        inside = min(engine.call_all(_gpu.device_to_device))
+        engine.call_all(_gpu.release)
+        engine.call_all(_gpu.poison)
+        for version in range(WARM_UPS + repeats):
+            _gpu.write_shards(source.shards, pools, version)
+            reports.append(server.update(engine.control, route="direct", verify="none"))
+        wrong = engine.call_all(_gpu.wrong_tensors, WARM_UPS + repeats - 1)
+    if any(wrong):
+        raise SystemExit(f"{model.name}: workers hold wrong bytes: {[names[:3] for names in wrong]}")
+    kept = reports[WARM_UPS:]
+    copies, each = Spread.of([one.commit_s for one in kept]), max(w.live_bytes for w in kept[0].workers)
+    far = max(_gpu.bytes_of_peers(model, 2, rank) for rank in range(2))
+    # Every GPU's memory writes all its bytes and reads as many, for itself or for the other: a copy inside a GPU.
+    floor = max(far / nvlink, each / inside)
+    return (
+        model.name,
+        f"{len(model.params()):,}",
+        f"{each / 1e9:.2f}",
+        f"{far / 1e9:.2f}",
+        copies.ms(),
+        f"{each / copies.median / 1e9:.0f}",
+        f"{nvlink / 1e9:.0f}",
+        f"{inside / 1e9:.0f}",
+        f"{floor / copies.median:.1%}",
+        Spread.of([one.stall_s for one in kept]).ms(),
+        Spread.of([one.total_s for one in kept]).ms(),
+    )
+
+
 def measure_overhead(repeats: int) -> tuple[str, ...]:
     """Measure updates of next to nothing: what is left is the protocol."""
     source = _gpu.PoolSource(TINY)
@@ -198,6 +243,16 @@ def sections(repeats: int, names: Sequence[str]) -> list[Section]:
             tops.append((cases[0], top))
     if rows:
         found += [_ceiling_section(tops), Section("gpu-direct", _title(), COLUMNS, tuple(rows))]
+    both = {"colocated": DENSE, "colocated-moe": MOE}
+    colocated = [model for name, model in both.items() if name in names and num_gpus > 1]
+    if colocated:
+        columns = (
+            "model", "tensors", "GB per GPU", "of it over NVLink", "copies ms", "GB/s per GPU", "NVLink, both ways",
+            "inside a GPU", "share of the limit", "stall ms", "total ms",
+        )  # fmt: skip
+        title = "direct from a trainer's shards on the same two GPUs (rows to tensor parallel), read in place"
+        made = tuple(measure_colocated(model, repeats) for model in colocated)
+        found.append(Section("gpu-colocated", title, columns, made))
     if "overhead" in names:
         columns = ("update", "total ms", "stall ms", "copies ms")
         found.append(Section("gpu-overhead", "Nothing to move", columns, (measure_overhead(repeats),)))
@@ -227,7 +282,7 @@ def _ceiling_section(tops: Sequence[tuple[Case, Ceilings]]) -> Section:
 
 def main() -> None:
     """Measure, print, and write the page."""
-    names = ("dense1", "dense2", "moe2", "overhead", "busy")
+    names = ("dense1", "dense2", "moe2", "colocated", "colocated-moe", "overhead", "busy")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument(

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,9 +34,11 @@ from headrace.errors import (
 from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline, RingSignals, signal_bytes
 from headrace.protocols import WeightSource
+from headrace.segments.cuda import CudaSegment
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
 from headrace.store.checkpoint import CheckpointSource
+from headrace.store.device import DeviceSource, LentStore
 from headrace.store.store import Store
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Recorder
@@ -86,7 +88,11 @@ class Holder:
         self._owns_source = owns_source
         self._recorder = Recorder(f"holder {ticket.index}")
         self._lender = Lender(host)
-        self._store = Store(source, self.name, lender=self._lender)
+        self._store: Store | LentStore
+        if isinstance(source, DeviceSource):
+            self._store = LentStore(source, self.name)
+        else:
+            self._store = Store(source, self.name, lender=self._lender)
         self._secret = token_bytes(32)
         self._served: dict[str, torch.Tensor] = {}
         self._tcp = TcpServer(self._served.get, self._secret, host)
@@ -198,7 +204,7 @@ class Holder:
     def _serve_held(self) -> None:
         """Let the data server read the versions that the store holds, and no others."""
         held = [segment for version in self._store.versions for segment in self._store.segments(version)]
-        wanted = {segment.descriptor.segment_id: segment.tensor for segment in held}
+        wanted = {s.descriptor.segment_id: s.tensor for s in held if s.descriptor.kind == "host"}
         for gone in self._served.keys() - wanted.keys():
             del self._served[gone]
         self._served.update(wanted)
@@ -269,7 +275,7 @@ class Holder:
 
     def _filler(self, message: wire.Broadcast, ring: _Ring) -> Callable[[int, int], None]:
         plan, mine = message.plan, message.holder_of_member[message.member]
-        held = self._store.segments(message.version)
+        held: Sequence[HostSegment | CudaSegment] = self._store.segments(message.version)
         sources = [segment.tensor for segment in held]
         own = {segment.descriptor.segment_id: i for i, segment in enumerate(held)}
         empty = torch.empty(0, dtype=torch.uint8)

@@ -99,7 +99,7 @@ class Router:
             return None
         limit = self._settings.bucket_bytes
         body = self._once(("mapped", receiver.recipe.key, view.key), lambda: direct_body(served, limit))
-        if receiver.on_gpu:
+        if receiver.on_gpu and any(view.segments[i].kind == "host" for i in body.segments.tolist()):
             room = receiver.budget_bytes - self._needed(receiver).opaque_bytes
             body = replace(body, ring=device_ring(body.apply, room))
         return self._bound(receiver, view, body, served, Way("direct", MAPPED, why))

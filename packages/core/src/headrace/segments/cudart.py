@@ -21,6 +21,8 @@ _REGISTER_PORTABLE = 0x1
 _ALREADY_REGISTERED = 712
 _NOT_SUPPORTED = 801
 _ACCESS_ORDER_STREAM = 1
+IPC_HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
 _BATCH_SINCE = 12080
 _BATCH_WITHOUT_FAIL_INDEX_SINCE = 13000
 
@@ -39,6 +41,10 @@ _ERRORS: dict[int, tuple[type[HeadraceError], str]] = {
         "this driver cannot page-lock read-only mappings; update it, or use `--transport tcp`",
     ),
 }
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_char * IPC_HANDLE_BYTES),)
 
 
 class CudaRuntime:
@@ -75,6 +81,41 @@ class CudaRuntime:
         self._check(
             self._library.cudaHostUnregister(ctypes.c_void_p(address)), "giving page-locked memory back"
         )
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """Return begin and size of the device allocation that an address lies in."""
+        begin, size = ctypes.c_uint64(), ctypes.c_size_t()
+        driver = ctypes.CDLL("libcuda.so.1")
+        code = driver.cuMemGetAddressRange_v2(ctypes.byref(begin), ctypes.byref(size), ctypes.c_uint64(address))
+        self._check(code, "asking for the bounds of GPU memory")
+        return begin.value, size.value
+
+    def device_of(self, address: int) -> int:
+        """Return the number of the GPU that memory lies on."""
+        found = (ctypes.c_uint64 * 16)()
+        code = self._library.cudaPointerGetAttributes(found, ctypes.c_void_p(address))
+        self._check(code, "asking where memory lies")
+        return int(found[0] >> 32)
+
+    def ipc_export(self, address: int) -> bytes:
+        """Return the handle by which another process of this host opens an allocation."""
+        handle = _IpcHandle()
+        code = self._library.cudaIpcGetMemHandle(ctypes.byref(handle), ctypes.c_void_p(address))
+        self._check(code, "making an IPC handle")
+        return bytes(handle)
+
+    def ipc_open(self, handle: bytes) -> int:
+        """Map another process's allocation, readable by the current device; returns its address here."""
+        address = ctypes.c_void_p()
+        code = self._library.cudaIpcOpenMemHandle(
+            ctypes.byref(address), _IpcHandle.from_buffer_copy(handle), ctypes.c_uint(_LAZY_PEER_ACCESS)
+        )
+        self._check(code, "opening an IPC handle")
+        return address.value or 0
+
+    def ipc_close(self, address: int) -> None:
+        """Take `ipc_open` back."""
+        self._check(self._library.cudaIpcCloseMemHandle(ctypes.c_void_p(address)), "closing an IPC handle")
 
     def copy(self, destinations: I64, sources: I64, num_bytes: I64, stream: int) -> None:
         """Enqueue dense copies between any two memories; returns before they are done.

@@ -47,8 +47,9 @@ class _Launch:
 class CudaProgram:
     """Strided copies into one GPU's memory, ready to run as often as wished; `run` enqueues, `finish` waits.
 
-    Long runs from page-locked host memory go through the copy engines, which are the fastest way over PCIe; strided and
-    short ones from there, and all from device memory, through a kernel that runs at the same time. What neither can do
+    Long runs from page-locked host memory and from other GPUs go through the copy engines, which are the fastest way
+    over PCIe; strided and short ones from there, and all from the GPU's own memory, through a kernel that runs at the
+    same time. What neither can do
     (host memory that is not page-locked, rare casts and shapes) is left to torch.
 
     Ordering: `run` is ordered after what the current stream has been given, and before what it is given afterwards:
@@ -102,8 +103,8 @@ class CudaProgram:
         kind = np.where(
             exact, blocks.unit[:, 0], _CAST + copies.src_dtype.astype(np.int64) * 256 + copies.dst_dtype
         )
-        from_host = per_block(copies.src_block, sources, lambda s: not s.is_cuda)[copies.src_block] != 0
-        engine = exact & from_host & blocks.flat & (blocks.num_bytes >= self._least)
+        far = per_block(copies.src_block, sources, lambda s: s.device != self._device)[copies.src_block] != 0
+        engine = exact & far & blocks.flat & (blocks.num_bytes >= self._least)
         engine &= blocks.contiguous | (blocks.row_bytes >= self._least_row)
         origins = per_block(copies.src_block, sources, lambda s: s.untyped_storage().data_ptr())
         whole, crossing = blocks.take(engine).cut_at(origins[copies.src_block[engine]], PIN_CHUNK_BYTES)
@@ -263,9 +264,15 @@ def _on(block: I32, blocks: Sequence[torch.Tensor], device: torch.device) -> Mas
 
 
 def _reachable(block: I32, blocks: Sequence[torch.Tensor], device: torch.device) -> Mask:
-    """Return whether the GPU can read a row's source: its own memory, or page-locked host memory."""
-    can = per_block(block, blocks, lambda b: b.device == device or (not b.is_cuda and b.is_pinned()))
+    """Return whether the GPU can read a row's source: its own memory, a peer's, or page-locked host memory."""
+    can = per_block(block, blocks, lambda b: _can_read(b, device))
     return np.asarray(can[block] != 0)
+
+
+def _can_read(block: torch.Tensor, device: torch.device) -> bool:
+    if not block.is_cuda:
+        return block.is_pinned()
+    return block.device == device or torch.cuda.can_device_access_peer(device, block.device)
 
 
 def _kernel_can(copies: CopyTable, begins: tuple[I64, I64]) -> Mask:

@@ -10,6 +10,7 @@ import torch
 from headrace.errors import ConnectError, LocalProtocolError, TransportClosedError
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import CopyTable
+from headrace.segments.cuda import MappedCudaSegment
 from headrace.segments.host import MappedSegment
 from headrace.segments.lending import borrow
 from headrace.transports.program import CopyProgram
@@ -22,7 +23,7 @@ class MemoryTransport:
     """
 
     def __init__(self) -> None:
-        self._mapped: dict[str, MappedSegment] = {}
+        self._mapped: dict[str, MappedSegment | MappedCudaSegment] = {}
         self._lock = threading.Lock()
         self._jobs: set[int] = set()
         self._next_job = 0
@@ -39,17 +40,15 @@ class MemoryTransport:
             self._check_open()
             if segment.segment_id in self._mapped:
                 return
-            if segment.kind != "host":
-                message = (
-                    f"segment {segment.segment_id} is {segment.kind} memory; only host memory can be mapped"
-                )
-                raise ConnectError(message, name=segment.segment_id)
+            if segment.kind == "cuda":
+                self._mapped[segment.segment_id] = MappedCudaSegment(segment)
+                return
             if not holder.unix_socket:
                 message = f"holder {holder.holder_id} lends no memory; use the tcp transport"
                 raise ConnectError(message, name=holder.holder_id)
             self._mapped[segment.segment_id] = borrow(holder.unix_socket, segment, deadline_s)
 
-    def mapping(self, segment_id: str) -> MappedSegment:
+    def mapping(self, segment_id: str) -> MappedSegment | MappedCudaSegment:
         """Return the mapping of an opened segment; it stays the transport's.
 
         Raises:

@@ -1,0 +1,108 @@
+"""CUDA segments: a GPU's memory, lent by IPC handle to processes of the same host; nothing is copied."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from headrace.errors import ConfigError, ConnectError, HeadraceError, LocalProtocolError
+from headrace.manifest import SegmentDescriptor
+from headrace.segments.cudart import IPC_HANDLE_BYTES, cuda_runtime
+
+
+class CudaSegment:
+    """One allocation of this process on a GPU, as it is lent. A handle: it stays home; it owns nothing.
+
+    Args:
+        address: Any address in the allocation.
+        salt: The holder's own: segment ids are the same for an allocation's life and differ between holders.
+
+    Attributes:
+        address: First byte of the allocation.
+        descriptor: What a peer needs to open it.
+
+    Raises:
+        ConfigError: The allocation cannot be lent.
+    """
+
+    def __init__(self, address: int, salt: str) -> None:
+        self.address, num_bytes = cuda_runtime().allocation_of(address)
+        try:
+            handle = cuda_runtime().ipc_export(self.address)
+        except HeadraceError as error:
+            message = (
+                f"GPU memory cannot be lent: {error}; torch must allocate it without expandable_segments, or let the "
+                "source be read into host memory"
+            )
+            raise ConfigError(message, name="expandable_segments") from error
+        identity = hashlib.sha256(f"{salt}{self.address}{num_bytes}".encode() + handle).hexdigest()[:32]
+        self.descriptor = SegmentDescriptor(identity, num_bytes, "cuda", handle)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The allocation as a flat uint8 tensor; valid as long as its owner keeps it."""
+        return device_bytes(self.address, self.descriptor.num_bytes)
+
+
+class MappedCudaSegment:
+    """A peer's GPU memory in this process's address space, on the calling thread's current device or a peer of it.
+
+    Raises:
+        ConnectError: It cannot be opened here; says why.
+    """
+
+    def __init__(self, descriptor: SegmentDescriptor) -> None:
+        self.descriptor = descriptor
+        if len(descriptor.ipc_handle) != IPC_HANDLE_BYTES:
+            message = f"segment {descriptor.segment_id} has no IPC handle; the holder must run this version of Headrace"
+            raise ConnectError(message, name=descriptor.segment_id)
+        try:
+            self._address: int | None = cuda_runtime().ipc_open(descriptor.ipc_handle)
+        except HeadraceError as error:
+            message = (
+                f"GPU memory of segment {descriptor.segment_id} cannot be opened: {error}; both processes must see the "
+                "holder's GPU (CUDA_VISIBLE_DEVICES, container), and it must be a peer of this one"
+            )
+            raise ConnectError(message, name=descriptor.segment_id) from error
+        self._tensor: torch.Tensor | None = device_bytes(self._address, descriptor.num_bytes)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes as a flat uint8 tensor on the holder's GPU.
+
+        Raises:
+            LocalProtocolError: The mapping is closed.
+        """
+        if self._tensor is None:
+            message = f"mapping of segment {self.descriptor.segment_id} is closed; open it again"
+            raise LocalProtocolError(message)
+        return self._tensor
+
+    def prepare(self, chunk_bytes: int, *, pin: bool) -> None:
+        """Do nothing: a GPU's memory is always there."""
+
+    def close(self) -> None:
+        """Unmap; idempotent. Nothing may be reading it any more."""
+        if self._address is not None:
+            self._tensor = None
+            cuda_runtime().ipc_close(self._address)
+            self._address = None
+
+
+class _Span:
+    """Memory in the form in which array libraries hand GPU memory to each other."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3,
+        }  # fmt: skip
+
+
+def device_bytes(address: int, num_bytes: int) -> torch.Tensor:
+    """Return memory of a GPU as a flat uint8 tensor that owns nothing."""
+    device = torch.device("cuda", cuda_runtime().device_of(address))
+    tensor = torch.as_tensor(_Span(address, num_bytes), device=device)
+    if tensor.data_ptr() != address:
+        raise LocalProtocolError(f"torch copied {num_bytes} bytes of {device} instead of sharing them")
+    return tensor
