@@ -197,11 +197,11 @@ def test_torchrun_ranks_hold_a_part_each(
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "headrace"]
     command += ["update", "--checkpoint", str(checkpoints[1]), "--to", engine.target, "--json"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet, others = os.environ | {"OMP_NUM_THREADS": "1"}, children(os.getpid())
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env=quiet)
     assert done.returncode == 0, done.stderr
     assert engine.differences(checkpoints[1]) == []
-    assert children(os.getpid()) == [engine.process.pid]
+    assert set(children(os.getpid())) <= {engine.process.pid, *others}
 
 
 def test_a_failing_command_says_why_in_a_line(engine: EngineProcess, checkpoints: list[Path]) -> None:

@@ -178,6 +178,6 @@ def test_a_source_that_does_not_fit_is_told_without_a_pause(engine: EngineProces
             getattr(server, attempt)(engine.target)
         assert caught.value.weights_state == "old"
         assert {f.type_name for f in caught.value.failures.values()} == {"ManifestMismatchError"}
-        assert "lm_head.weight: (440, 96), the engine's checkpoint has (440, 64)" in str(caught.value)
+        assert "lm_head.weight is float32 (440, 96), the engine's checkpoint has float32 (440, 64)" in str(caught.value)
     assert engine.get("/health")["paused"] is False
     assert engine.get("/headrace/fingerprints") == before

@@ -57,21 +57,22 @@ def test_ranks_talk(tmp_path: Path) -> None:
 )
 def test_the_first_failure_ends_all(function: Callable[..., object], text: str) -> None:
     run_ranks(double, 1, 60, 1)
-    before = snapshot()
+    before, others = snapshot(), descendants()
     begin = time.monotonic()
     with pytest.raises(RankError, match=text) as caught:
         run_ranks(function, 2, 60)
     assert caught.value.rank == 1
     assert ("raise_on_one" in caught.value.traceback) == (function is raise_on_one)
     assert time.monotonic() - begin < 40
-    assert descendants() == []
+    assert set(descendants()) <= set(others)
     assert before.grown(snapshot()) == []
 
 
 def test_a_late_rank_is_killed_at_the_deadline() -> None:
+    others = descendants()
     with pytest.raises(RankError, match=r"\[1\].*12 s"):
         run_ranks(sleep_on_one, 2, 12)
-    assert descendants() == []
+    assert set(descendants()) <= set(others)
 
 
 def test_a_function_that_cannot_be_found_says_so() -> None:
