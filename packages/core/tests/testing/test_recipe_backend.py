@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from headrace.protocols import InferenceBackend
 from headrace.testing import shapes
 from headrace.testing.backend_suite import BackendTests
+from headrace.testing.faults import FaultyBackend
 from headrace.testing.recipe_backend import RecipeBackend
 from headrace.types import ParamTable, WorkerId
 
@@ -65,3 +66,16 @@ class TestCasting(RecipeBackendTests):
         wide = ParamTable(replace(meta, dtype="float32") for meta in cls.params)
         recipe = replace(shapes.tp_recipe(wide, 1, 0, kv_heads=2), sources=cls.params)
         return RecipeBackend(recipe, WorkerId("recipe", 0), 1, loaded_from=str(checkpoint))
+
+
+class TestFaultyWithoutFaults(RecipeBackendTests):
+    """The wrapper by which faults are injected changes nothing by itself."""
+
+    @classmethod
+    def make_backend(cls, checkpoint: Path) -> InferenceBackend:
+        return FaultyBackend(super().make_backend(checkpoint))
+
+    @classmethod
+    def reported_version(cls, backend: InferenceBackend) -> int | None:
+        assert isinstance(backend, FaultyBackend)
+        return super().reported_version(backend.inner)

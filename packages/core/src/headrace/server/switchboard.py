@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from headrace import wire
@@ -29,6 +30,7 @@ from headrace.telemetry import Span
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=wire.Message)
 _POLL_S = 1.0
+DISMISS_S = 5.0
 WATCH_S = 0.2
 
 
@@ -223,9 +225,14 @@ class Switchboard:
         return TransferTimeoutError(text, phase="enrol", retryable=True)
 
     def _dismiss(self, peers: Sequence[Peer]) -> None:
+        """Send peers away; returns when receivers are free for another update, or do not answer."""
+        receivers = [peer for peer in peers if isinstance(peer.hello, wire.ReceiverHello)]
         for peer in peers:
-            is_holder = isinstance(peer.hello, wire.HolderHello)
-            peer.send(wire.Shutdown() if is_holder else wire.Abort(reason="the update was given up"))
+            peer.send(wire.Abort(reason="the update was given up") if peer in receivers else wire.Shutdown())
+        limit = time.monotonic() + DISMISS_S
+        for peer in receivers:
+            with suppress(HeadraceError):
+                peer.expect(wire.Aborted, limit - time.monotonic(), "abort")
         self.forget(peers)
 
     def forget(self, peers: Sequence[Peer]) -> None:

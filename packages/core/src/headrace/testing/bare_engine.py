@@ -20,7 +20,7 @@ from headrace.receiver import Receiver
 from headrace.testing.spawning import reference_of, resolve
 from headrace.types import CacheMode, WorkerId
 
-START_S = 60.0
+START_S = 120.0
 BackendFactory = Callable[..., InferenceBackend]
 """Called in each worker as `factory(worker, world_size, *args)`."""
 
