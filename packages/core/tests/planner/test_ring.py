@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from headrace.config import MIB
 from headrace.errors import CapacityError
 from headrace.geometry import Box, RegionTable
-from headrace.planner.ring import ALIGN_BYTES, choose_ring, cut, pack
+from headrace.plan import staged_bytes
+from headrace.planner.ring import ALIGN_BYTES, choose_ring, cut, device_ring, pack
+from headrace.testing.copies import CopyRow, table_of
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,14 @@ def test_packed_rows_do_not_touch(rows: list[tuple[int, int]]) -> None:
     turns = [np.cumsum(packing.owner == o) for o in np.unique(owner)]
     full = min((int(t[-1]) for t in turns), default=0) * len(turns)
     assert len(set(packing.owner[: len(turns)].tolist())) == len(turns) or not full
+
+
+def test_a_gpu_stages_where_its_budget_has_room() -> None:
+    copies = table_of([CopyRow(shape=(n,), src_strides=(2,), dst_strides=(2,)) for n in (64, 65, 1)])
+    needed = 128 + 256 + 128
+    assert staged_bytes(copies).tolist() == [128, 256, 128]
+    roomy, tight = device_ring(copies, needed), device_ring(copies, needed - 1)
+    assert (roomy.mode, roomy.slot_bytes, roomy.depth) == ("device", needed, 1)
+    assert tight.mode == "none"
+    assert "do not fit" in tight.why
+    assert device_ring(copies.take(slice(0)), 0).mode == "none"

@@ -94,8 +94,11 @@ class LentStore:
         return () if self._published is None else (self._published.version,)
 
     def publish(
-        self, version: int, progress: Progress | None = None, deadline_s: float = 0.0
-    ) -> PublishedVersion:  # noqa: ARG002
+        self,
+        version: int,
+        progress: Progress | None = None,
+        deadline_s: float = 0.0,  # noqa: ARG002 - as Store's
+    ) -> PublishedVersion:
         """Lend what the shards hold now, once everything that their GPUs were given is done. Blocking.
 
         Raises:
