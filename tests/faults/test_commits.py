@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from faults_world import MakeWorld, World, expected_sums, live_sums
+from faults_world import MakeWorld, World, expected_sums, live_sums, make_tensors
 
 from headrace.errors import UpdateFailedError
 from headrace.testing.bare_engine import served_version, weights_state
@@ -139,3 +139,33 @@ def test_a_failing_loader_on_the_first_update_is_repeated_or_reported(make_world
     assert "loader refused" in str(error)
     world.arm(0, Fault(point="load", action="fail"))
     world.update(world.trainer(3), 3)
+
+
+def test_of_two_engines_one_that_fails_does_not_hold_the_other_up(make_world: MakeWorld) -> None:
+    """Each is whole or paused for itself; the next update brings both to one version."""
+    good, bad = make_world(workers=1), make_world(workers=1)
+    server = good.trainer(2)
+    bad.arm(0, Fault(point="leave", action="fail", times=0))
+    with pytest.raises(UpdateFailedError, match="injected") as caught:
+        server.update([good.control, bad.control])
+    assert caught.value.weights_state == "mixed"
+    assert list(caught.value.failures) == [(bad.engine.instance, 0)]
+    good.seed, good.version = 2, caught.value.weight_version
+    good.check()
+    assert bad.engine.paused
+    bad.arm(0)
+    report = server.update([good.control, bad.control])
+    for world in (good, bad):
+        world.seed, world.version = 2, report.version
+        world.check()
+
+
+def test_of_two_engines_none_is_paused_where_one_refuses_the_source(make_world: MakeWorld) -> None:
+    good, bad = make_world(workers=1), make_world(workers=1, loaded_seed=None)
+    tensors = make_tensors(2)
+    del tensors[GAMMA]
+    with pytest.raises(UpdateFailedError, match=GAMMA):
+        good.server(tensors=tensors).update([good.control, bad.control])
+    good.check()
+    assert (good.engine.pauses, bad.engine.pauses) == (0, 0)
+    good.server(tensors=make_tensors(2)).update([good.control, bad.control])
