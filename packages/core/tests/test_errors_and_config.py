@@ -20,15 +20,18 @@ from headrace.types import ParamMeta, ParamTable
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
     assert errors.__doc__ is not None
     named = {word for word in errors.__doc__.replace("│", " ").split() if word.endswith("Error")}
-    real = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, HeadraceError)}
+    real = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, HeadraceError)
+    }
     assert named == real
 
 
 def test_importing_headrace_is_light() -> None:
-    code = "import sys, headrace; print(sorted(m for m in ('torch', 'zmq', 'transformers', 'numpy') if m in sys.modules))"
+    code = "import sys, headrace; print([m for m in ('torch', 'zmq', 'transformers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "torch" not in found
-    assert "zmq" not in found
+    assert found.strip() == "[]"
 
 
 def test_public_names_exist() -> None:
@@ -47,7 +50,9 @@ def test_a_bad_setting_is_named(wrong: dict[str, object]) -> None:
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    host = host_settings({"HEADRACE_SOCKET_DIR": "/x", "HEADRACE_PERMITTED_UIDS": "5, 6", "HEADRACE_BIND": "0.0.0.0"})
+    host = host_settings(
+        {"HEADRACE_SOCKET_DIR": "/x", "HEADRACE_PERMITTED_UIDS": "5, 6", "HEADRACE_BIND": "0.0.0.0"}
+    )
     assert str(host.socket_dir) == "/x"
     assert {5, 6} <= host.permitted_uids
     assert host.advertise_host == "127.0.0.1"
@@ -55,9 +60,16 @@ def test_the_environment_is_read_in_one_place() -> None:
         host_settings({"HEADRACE_PERMITTED_UIDS": "root"})
 
 
-@pytest.mark.parametrize(("served", "wished", "made"), [
-    ([None, None], None, 1), ([0, 0], None, 1), ([4, 7], None, 8), ([4, 7], 20, 20), ([None], 0, 0),
-])
+@pytest.mark.parametrize(
+    ("served", "wished", "made"),
+    [
+        ([None, None], None, 1),
+        ([0, 0], None, 1),
+        ([4, 7], None, 8),
+        ([4, 7], 20, 20),
+        ([None], 0, 0),
+    ],
+)
 def test_versions_grow(served: list[int | None], wished: int | None, made: int) -> None:
     assert next_version(served, wished) == made
 

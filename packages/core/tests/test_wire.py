@@ -74,7 +74,9 @@ def test_garbage_behind_a_good_header_is_refused(body: bytes) -> None:
 
 @given(st.integers(0, 400), st.integers(0, 255))
 def test_a_damaged_message_is_refused_or_is_a_message(place: int, value: int) -> None:
-    header, body = wire.encode(wire.Described(recipe_key="k", recipe=_recipe(), reachable=(), budget_bytes=1, first=False))
+    header, body = wire.encode(
+        wire.Described(recipe_key="k", recipe=_recipe(), reachable=(), budget_bytes=1, first=False)
+    )
     damaged = bytearray(body)
     damaged[place % len(damaged)] = value
     try:
