@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +34,13 @@ MAX_FRAME_BYTES = 256 << 20
 _JOIN_S = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Forgotten:
+    """Nothing of this peer comes after it: what had come before `forget` reached the thread is passed over."""
+
+    peer: PeerId
+
+
 class Hub:
     """Listens for peers, admits those that present a valid token, and tells at once when one is gone.
 
@@ -54,7 +62,8 @@ class Hub:
         self.server_key = keys.public
         self._beat_s = min(1.0, heartbeat_s / 4)
         self._tokens = TokenBook()
-        self._inbox: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Arrival | _Forgotten | None] = queue.SimpleQueue()
+        self._forgotten: set[PeerId] = set()
         self._tasks: deque[Callable[[], object]] = deque()
         self._closing = threading.Event()
         self._linger_s = 0.0
@@ -96,16 +105,21 @@ class Hub:
             TransferTimeoutError: Nothing happened within the deadline.
             TransportClosedError: `close` was called.
         """
-        try:
-            arrival = self._inbox.get(timeout=max(0.0, deadline_s))
-        except queue.Empty:
-            message = f"no peer of {self.endpoint} said anything within {deadline_s:g} s"
-            raise TransferTimeoutError(message, name=self.endpoint, retryable=True) from None
-        if arrival is None:
-            self._inbox.put(None)
-            message = "the control channel was closed"
-            raise TransportClosedError(message, name=self.endpoint)
-        return arrival if isinstance(arrival, Lost) else self._decoded(*arrival)
+        limit = time.monotonic() + deadline_s
+        while True:
+            try:
+                arrival = self._inbox.get(timeout=max(0.0, limit - time.monotonic()))
+            except queue.Empty:
+                message = f"no peer of {self.endpoint} said anything within {deadline_s:g} s"
+                raise TransferTimeoutError(message, name=self.endpoint, retryable=True) from None
+            if arrival is None:
+                self._inbox.put(None)
+                message = "the control channel was closed"
+                raise TransportClosedError(message, name=self.endpoint)
+            if isinstance(arrival, _Forgotten):
+                self._forgotten.discard(arrival.peer)
+            elif (arrival.peer if isinstance(arrival, Lost) else arrival[0]) not in self._forgotten:
+                return arrival if isinstance(arrival, Lost) else self._decoded(*arrival)
 
     def send(self, peer: PeerId, message: Message) -> None:
         """Send to one peer without blocking; silently nothing where it is gone, as `receive` tells that.
@@ -118,7 +132,8 @@ class Hub:
 
     def forget(self, peer: PeerId) -> None:
         """Drop a peer: no `Lost` follows, what it still sends is ignored. Idempotent."""
-        self._submit(lambda: self._router.forget(peer.identity))
+        self._forgotten.add(peer)
+        self._submit(lambda: self._forget(peer))
 
     def close(self, linger_s: float = 1.0) -> None:
         """Flush what was sent, at most `linger_s`, and end the thread; idempotent."""
@@ -128,6 +143,10 @@ class Hub:
             self._wakeup.set()
         self._thread.join(linger_s + _JOIN_S)
         self._wakeup.close()
+
+    def _forget(self, peer: PeerId) -> None:
+        self._router.forget(peer.identity)
+        self._inbox.put(_Forgotten(peer))
 
     def _decoded(self, peer: PeerId, frames: list[bytes]) -> Event:
         try:
