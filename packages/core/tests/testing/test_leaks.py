@@ -37,15 +37,15 @@ def test_files_and_threads_are_seen() -> None:
 
 
 def test_children_of_children_are_seen() -> None:
-    before = snapshot()
+    before, others = snapshot(), set(descendants())
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'])"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert children(os.getpid()) == [process.pid]
-        assert len(descendants()) == 2
+        assert process.pid in children(os.getpid())
+        assert len(set(descendants()) - others) == 2
         assert any(line.startswith("children") for line in before.grown(snapshot()))
         process.communicate(b"\n")
-    assert descendants() == []
+    assert set(descendants()) <= others
     assert before.grown(snapshot()) == []
