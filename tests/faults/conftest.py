@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `faults_world`, which spaw
 
 from faults_world import MakeWorld, World
 
-from headrace.testing.leaks import snapshot
+from headrace.testing.leaks import left_over, snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +33,7 @@ def nothing_left(socket_dir: Path, caplog: pytest.LogCaptureFixture) -> Iterator
     before = snapshot([])
     yield
     caplog.get_records("call").clear()  # what was logged holds exceptions, their frames, and what these hold
-    after = snapshot([], socket_dir=socket_dir)
-    assert [line for line in before.grown(after) if not line.startswith(("files", "threads"))] == []
+    assert left_over(before, [], socket_dir=socket_dir, ignoring=("files", "threads")) == []
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_versions_change_only_by_success(make_world: MakeWorld) -> None:
 
 def test_many_updates_leak_nothing(make_world: MakeWorld) -> None:
     """Twenty more of each route hold no more memory, descriptors, threads or processes than the first few."""
-    from headrace.testing.leaks import snapshot
+    from headrace.testing.leaks import left_over, snapshot
 
     world = make_world(workers=2)
     server = world.server(2)
@@ -109,6 +109,6 @@ def test_many_updates_leak_nothing(make_world: MakeWorld) -> None:
     world.version = 27
     world.seed = 2
     world.check()
-    assert before.grown(snapshot()) == []
+    assert left_over(before) == []
 
 

@@ -10,7 +10,7 @@ import torch
 from headrace.server.parameter_server import ParameterServer
 from headrace.testing import shapes
 from headrace.testing.bare_engine import BareEngine
-from headrace.testing.leaks import snapshot
+from headrace.testing.leaks import left_over, snapshot
 from headrace.testing.recipe_backend import RecipeBackend
 from headrace.types import WorkerId
 
@@ -108,7 +108,7 @@ def test_many_updates_leave_nothing_behind(engine: BareEngine) -> None:
         before, memory = snapshot(), engine.call_all(device_bytes)
         for _ in range(UPDATES):
             server.update(engine.control, route="direct")
-        assert not before.grown(snapshot())
+        assert left_over(before) == []
         for (was, used), (now, using) in zip(memory, engine.call_all(device_bytes), strict=True):
             assert now <= was
             assert using <= used + (8 << 20)

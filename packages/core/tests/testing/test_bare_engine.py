@@ -12,7 +12,7 @@ from headrace.protocols import EngineControl
 from headrace.testing import shapes
 from headrace.testing.bare_engine import BareEngine, served_version
 from headrace.testing.control_suite import EngineControlTests
-from headrace.testing.leaks import children, descendants, snapshot
+from headrace.testing.leaks import children, descendants, left_over, snapshot
 from headrace.testing.recipe_backend import RecipeBackend
 from headrace.types import WorkerId
 
@@ -62,6 +62,6 @@ def test_a_dead_worker_is_an_error_and_nothing_is_left() -> None:
             engine.call(0, served_version)
         assert engine.call(1, served_version) is None
     assert not set(engine.pids) & set(descendants())
-    assert [line for line in before.grown(snapshot()) if "children" in line or "memfds" in line] == []
+    assert left_over(before, ignoring=("mappings", "files", "threads")) == []
     with pytest.raises((ConnectError, HeadraceError)):
         engine.call(1, served_version)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from headrace.config import HostSettings
 from headrace.segments import HostSegment, Lender
-from headrace.testing.leaks import children, descendants, snapshot
+from headrace.testing.leaks import children, descendants, left_over, snapshot
 
 
 def test_segments_are_seen(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_segments_are_seen(tmp_path: Path) -> None:
         lender.lend(segment)
         grown = before.grown(snapshot([], socket_dir=tmp_path))
         assert {line.split(" of ")[0] for line in grown} == {"memfds", "mappings", "files", "threads", "folders"}
-    assert before.grown(snapshot([], socket_dir=tmp_path)) == []
+    assert left_over(before, [], socket_dir=tmp_path) == []
 
 
 def test_files_and_threads_are_seen() -> None:
@@ -33,7 +33,7 @@ def test_files_and_threads_are_seen() -> None:
         assert {line.split(" of ")[0] for line in before.grown(snapshot([]))} == {"files", "threads"}
         stop.set()
         thread.join()
-    assert before.grown(snapshot([])) == []
+    assert left_over(before, []) == []
 
 
 def test_children_of_children_are_seen() -> None:
@@ -48,4 +48,4 @@ def test_children_of_children_are_seen() -> None:
         assert any(line.startswith("children") for line in before.grown(snapshot()))
         process.communicate(b"\n")
     assert set(descendants()) <= others
-    assert before.grown(snapshot()) == []
+    assert left_over(before) == []

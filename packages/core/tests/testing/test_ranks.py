@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.testing.leaks import descendants, snapshot
+from headrace.testing.leaks import descendants, left_over, snapshot
 from headrace.testing.ranks import RankError, run_ranks
 
 
@@ -65,7 +65,7 @@ def test_the_first_failure_ends_all(function: Callable[..., object], text: str) 
     assert ("raise_on_one" in caught.value.traceback) == (function is raise_on_one)
     assert time.monotonic() - begin < 40
     assert set(descendants()) <= set(others)
-    assert before.grown(snapshot()) == []
+    assert left_over(before) == []
 
 
 def test_a_late_rank_is_killed_at_the_deadline() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -31,10 +32,12 @@ class Snapshot:
     children: dict[int, int]
     folders: dict[int, int]
 
-    def grown(self, later: Snapshot) -> list[str]:
+    def grown(self, later: Snapshot, *, ignoring: tuple[str, ...] = ()) -> list[str]:
         """Return what is more in `later`, one sentence each; processes that have ended hold nothing."""
         found = []
         for field in fields(self):
+            if field.name in ignoring:
+                continue
             before, after = getattr(self, field.name), getattr(later, field.name)
             found += [
                 f"{field.name} of process {pid}: {before.get(pid, 0)} before, {count} now"
@@ -61,6 +64,33 @@ def snapshot(pids: Iterable[int] | None = None, *, socket_dir: Path | None = Non
         children={pid: len(children(pid)) for pid in alive},
         folders={0: len(list(socket_dir.glob("*holder-*"))) if socket_dir else 0},
     )
+
+
+def left_over(
+    before: Snapshot,
+    pids: Iterable[int] | None = None,
+    *,
+    socket_dir: Path | None = None,
+    ignoring: tuple[str, ...] = (),
+    within: float = 10.0,
+) -> list[str]:
+    """Return what is more than `before` and has not gone within some seconds, one sentence each.
+
+    The system ends a thread, a mapping or a process a moment after whoever joined it goes on; only what stays leaks.
+
+    Args:
+        before: What was held.
+        pids: Processes beside this one; None takes all descendants of this one.
+        socket_dir: The host's socket folder, if holders' folders are to be counted.
+        ignoring: Fields of `Snapshot` that may grow.
+        within: Seconds that leftovers are given to go.
+    """
+    deadline = time.monotonic() + within
+    while found := before.grown(snapshot(pids, socket_dir=socket_dir), ignoring=ignoring):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return found
 
 
 def children(pid: int) -> list[int]:
