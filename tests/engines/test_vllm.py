@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
 sys.path.insert(0, str(ROOT / "packages" / "vllm-adapter" / "tests" / "support"))
 
 if importlib.util.find_spec("vllm") is None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SUPPORT = Path(__file__).parent / "support"
-sys.path.insert(0, str(SUPPORT))
+sys.path[:0] = [str(SUPPORT), str(Path(__file__).parents[3] / "tests" / "engines" / "support")]
 
 from prompts import PROMPT, RunOffline  # noqa: E402 - found there
 
