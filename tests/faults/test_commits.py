@@ -150,6 +150,7 @@ def test_of_two_engines_one_that_fails_does_not_hold_the_other_up(make_world: Ma
         server.update([good.control, bad.control])
     assert caught.value.weights_state == "mixed"
     assert list(caught.value.failures) == [(bad.engine.instance, 0)]
+    assert caught.value.engines == {good.control.address: "new", bad.control.address: "mixed"}
     good.seed, good.version = 2, caught.value.weight_version
     good.check()
     assert bad.engine.paused

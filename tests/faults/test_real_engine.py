@@ -19,6 +19,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the embedded engine needs the extra headrace[engine]")
 
+from fence import KEY, Fence
+
 from headrace.errors import HeadraceError
 from headrace.server.parameter_server import ParameterServer
 from headrace.testing.engine_process import EngineProcess, Stream, free_port
@@ -74,9 +76,9 @@ def recoveries() -> list[int]:
 
 
 @contextmanager
-def updater(checkpoint: Path, engine: EngineProcess, place: str) -> Iterator[subprocess.Popen[str]]:
+def updater(checkpoint: Path, target: str, place: str, *access: str) -> Iterator[subprocess.Popen[str]]:
     """Run an updater until it has reached a place."""
-    command = [sys.executable, str(UPDATER), str(checkpoint), engine.target, place]
+    command = [sys.executable, str(UPDATER), str(checkpoint), target, place, *access]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -116,7 +118,7 @@ def test_a_killed_updater_leaves_whole_weights_and_a_running_engine(
     before = engine.status()["weight_version"]
     with Stream(engine.url) as stream:
         stream.wait_tokens(3)
-        with updater(checkpoints[1], engine, place) as process:
+        with updater(checkpoints[1], engine.target, place) as process:
             assert engine.health()["paused"] is is_paused
             process.kill()
         wait_until(lambda: is_running(engine), "the guardian resumes")
@@ -133,7 +135,7 @@ def test_an_updater_killed_between_two_ranks_leaves_the_engine_paused(
     """Nobody is answered by a mixture: not by the guardian, not by `headrace resume`, only by the next update."""
     with Stream(engine.url) as stream:
         stream.wait_tokens(3)
-        with updater(checkpoints[1], engine, "half") as process:
+        with updater(checkpoints[1], engine.target, "half") as process:
             process.kill()
         wait_until(lambda: recoveries() == [], "the guardian gives up")
         assert engine.health()["paused"] is True
@@ -148,7 +150,7 @@ def test_an_updater_killed_between_two_ranks_leaves_the_engine_paused(
 
 def test_resume_by_hand(engine: EngineProcess, checkpoints: list[Path]) -> None:
     """Where the guardian died with its updater."""
-    with updater(checkpoints[1], engine, "paused") as process:
+    with updater(checkpoints[1], engine.target, "paused") as process:
         for guardian in recoveries():
             os.kill(guardian, signal.SIGKILL)
         process.kill()
@@ -161,11 +163,45 @@ def test_resume_by_hand(engine: EngineProcess, checkpoints: list[Path]) -> None:
     assert engine.differences(checkpoints[0]) == []
 
 
+@pytest.fixture
+def fence(engine: EngineProcess, tmp_path: Path) -> Iterator[Fence]:
+    """A proxy before the engine that asks for a key and a certificate."""
+    with Fence(engine.url, tmp_path) as fence:
+        yield fence
+
+
+def test_commands_pass_a_fence_with_its_key_and_certificates(
+    engine: EngineProcess, fence: Fence, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    """And without them they say at once what is wanting; the engine is not touched."""
+    key = tmp_path / "key"
+    key.write_text(f"Authorization: {KEY}\n")
+    update = ("update", "--checkpoint", str(checkpoints[1]), "--to", f"torch={fence.url}")
+    access = ("--ca", str(fence.ca), "--cert", str(fence.certificate))
+    for refused, why in ((update, "CERTIFICATE_VERIFY_FAILED"), ((*update, *access), "401")):
+        done = headrace(*refused)
+        assert done.returncode == 1
+        assert why in done.stdout + done.stderr
+    assert engine.differences(checkpoints[0]) == []
+    done = headrace(*update, *access, "--header", f"@{key}")
+    assert done.returncode == 0, done.stderr
+    assert engine.differences(checkpoints[1]) == []
+
+
+def test_the_guardian_passes_the_fence_too(engine: EngineProcess, fence: Fence, checkpoints: list[Path]) -> None:
+    access = (KEY, str(fence.ca), str(fence.certificate))
+    with updater(checkpoints[1], f"torch={fence.url}", "paused", *access) as process:
+        process.kill()
+    wait_until(lambda: is_running(engine), "the guardian resumes")
+    wait_until(lambda: recoveries() == [], "the guardian leaves")
+    assert engine.differences(checkpoints[0]) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_updater_told_to_stop_in_the_pause(
     engine: EngineProcess, checkpoints: list[Path], number: signal.Signals
 ) -> None:
-    with updater(checkpoints[1], engine, "paused") as process:
+    with updater(checkpoints[1], engine.target, "paused") as process:
         process.send_signal(number)
         process.wait(30)
         wait_until(lambda: is_running(engine), "the engine runs")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from headrace import registry
+from headrace.config import EngineTarget
 from headrace.errors import BackendUnavailableError, ConfigError
 
 Install = Callable[..., None]
@@ -123,10 +124,19 @@ class Control:
 
 def test_engine_control_hands_over_address_headers_and_verify(install: Install) -> None:
     install("acme-engine", "headrace.engines", {"acme": "acme_engine:Control"}, acme_engine=CONTROL)
-    control = registry.engine_control("acme=https://host:8443/v1/", headers={"X-Key": "k"}, verify=False)
+    target = EngineTarget("acme=https://host:8443/v1/", headers={"X-Key": "k"}, verify=False)
+    control = registry.engine_control(target)
     assert control.address == "https://host:8443/v1"
     assert (control.headers, control.verify) == ({"X-Key": "k"}, False)  # type: ignore[attr-defined]
     assert registry.engine_control("acme=http://[::1]:8000").address == "http://[::1]:8000"
+
+
+@pytest.mark.parametrize(("verify", "certificate"), [("missing.pem", None), (True, "missing.pem"), (__file__, None)])
+def test_unusable_certificates_are_named(install: Install, verify: bool | str, certificate: str | None) -> None:
+    install("acme-engine", "headrace.engines", {"acme": "acme_engine:Control"}, acme_engine=CONTROL)
+    with pytest.raises(ConfigError, match="PEM files") as caught:
+        registry.engine_control(EngineTarget("acme=https://host", {}, verify, certificate))
+    assert str(certificate or verify) in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from headrace.config import EngineTarget
 from headrace.errors import BackendUnavailableError, ConnectError
 from headrace.protocols import EngineControl
 from headrace.registry import engine_control
@@ -26,7 +27,7 @@ def test_the_control_needs_no_vllm() -> None:
 
 
 def test_the_entry_point_makes_a_control() -> None:
-    control = engine_control("vllm=http://127.0.0.1:9", headers={"x-key": "k"}, verify=False)
+    control = engine_control(EngineTarget("vllm=http://127.0.0.1:9", {"x-key": "k"}, verify=False))
     assert isinstance(control, EngineControl)
     with pytest.raises(ConnectError, match="not ready"):
         control.wait_ready(0.3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -30,6 +30,23 @@ class Deadlines:
     heartbeat_s: float = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class EngineTarget:
+    """An engine to update, and how its HTTP interface is reached.
+
+    Attributes:
+        address: `ENGINE=URL`, such as `vllm=https://gpu7:8000`.
+        headers: Sent with every request, such as an API key.
+        verify: Whether TLS certificates are checked, or the file of the authority to check them against.
+        certificate: PEM file with this client's certificate and key, where the engine's side asks for one.
+    """
+
+    address: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    verify: bool | str = True
+    certificate: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateSettings:
     """Choices of one update.
@@ -41,6 +58,7 @@ class UpdateSettings:
         verify: `digest` compares sums of every destination box, `full` compares bytes, `none` nothing.
         version: Version to serve afterwards; None takes the greatest served plus one.
         strict: Refuse source names that nothing uses.
+        rolling: Pause engines one after another, so that a fleet never stops as a whole; a failure ends it there.
         budget_bytes: Most staging memory per receiver; None asks the engine what is free.
         bucket_bytes: Wished size of one bucket.
         deadlines: Limits of every wait.
@@ -52,17 +70,17 @@ class UpdateSettings:
     verify: VerifyMode = "digest"
     version: int | None = None
     strict: bool = False
+    rolling: bool = False
     budget_bytes: int | None = None
     bucket_bytes: int = 64 * MIB
     deadlines: Deadlines = Deadlines()
 
     def __post_init__(self) -> None:
-        for field, allowed in (("route", RouteName), ("cache", CacheMode), ("verify", VerifyMode)):
-            value = getattr(self, field)
+        for name, allowed in (("route", RouteName), ("cache", CacheMode), ("verify", VerifyMode)):
+            value = getattr(self, name)
             if value not in get_args(allowed):
-                raise ConfigError(
-                    f"{field} is {value!r}; choose one of {', '.join(get_args(allowed))}", name=field
-                )
+                message = f"{name} is {value!r}; choose one of {', '.join(get_args(allowed))}"
+                raise ConfigError(message, name=name)
         if self.version is not None and self.version < 0:
             raise ConfigError(f"version is {self.version}; it must not be negative", name="version")
         if self.bucket_bytes < 4096:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 import httpx
@@ -27,13 +29,15 @@ class HttpEngine:
     Subclasses add the engine's own routes; `_request` is how.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str] | None = None, verify: bool | str = True) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str] | None = None, verify: ssl.SSLContext | bool = True
+    ) -> None:
         """Prepare a client; nothing is sent.
 
         Args:
             url: Base URL, `http://HOST:PORT`.
             headers: Sent with every request (API keys).
-            verify: Whether, or against which CA file, certificates are checked.
+            verify: Whether, or how, certificates are checked.
         """
         self._url = url.rstrip("/")
         self._client = httpx.Client(
@@ -59,7 +63,7 @@ class HttpEngine:
             if failed or time.monotonic() + _POLL_S >= end:
                 message = (
                     f"{self._url} is not ready: GET /health for {deadline_s:g} s, last answer: {last}; "
-                    "check the address and the engine's log"
+                    "check the address, headers and certificates, and the engine's log"
                 )
                 raise ConnectError(message, name=self._url, retryable=not failed)
             time.sleep(_POLL_S)
@@ -75,11 +79,12 @@ class HttpEngine:
         except httpx.InvalidURL as error:
             return True, str(error)
         except httpx.HTTPError as error:
-            return isinstance(error, httpx.UnsupportedProtocol), f"{type(error).__name__}: {error}"
+            return _is_final(error), f"{type(error).__name__}: {error}"
         if response.is_success:
             return False, ""
         text = response.text.strip()[:300]
-        return '"failed"' in text, f"HTTP {response.status_code} {text}"
+        refused = response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        return refused or '"failed"' in text, f"HTTP {response.status_code} {text}"
 
     def _request(self, method: str, path: str, deadline_s: float, **options: Any) -> dict[str, Any]:  # noqa: ANN401
         """Send one request and return the decoded answer, empty where it is no JSON object.
@@ -117,6 +122,18 @@ class HttpEngine:
             weights_state=body.get("weights_state", "old"),
         )
         return failure.to_error()
+
+
+def _is_final(error: BaseException) -> bool:
+    """Return whether asking again cannot help: no such protocol, or certificates that one side does not accept."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, httpx.UnsupportedProtocol):
+            return True
+        if isinstance(cause, ssl.SSLError):
+            return not isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def decoded(response: httpx.Response) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ HeadraceError
 │ └ VersionSkewError
 ├ ApplyError
 ├ IntegrityError
+├ StepMissedError
 └ UpdateFailedError
 """
 
@@ -42,6 +43,7 @@ class HeadraceError(Exception):
         name: Parameter, file, address or setting that the error is about, if any.
         retryable: Whether the same call may succeed later without a change by the user.
         weights_state: What the engine serves now: all `old`, all `new`, or `mixed`.
+        engines: What each engine of a failed update serves now, by address; told in the text where they are several.
     """
 
     def __init__(  # noqa: PLR0913 - the context of an update, all optional
@@ -64,6 +66,13 @@ class HeadraceError(Exception):
         self.name = name
         self.retryable = retryable
         self.weights_state: WeightsState = weights_state
+        self.engines: Mapping[str, WeightsState] = {}
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(self.engines) < 2:
+            return text
+        return f"{text} (weights now: {', '.join(f'{name} {state}' for name, state in self.engines.items())})"
 
 
 class ConfigError(HeadraceError):
@@ -186,6 +195,10 @@ class RemoteFailure:
 
 
 FailureKey = tuple[str, int]
+
+
+class StepMissedError(HeadraceError):
+    """A rank of a trainer does not hold the weights of the step it was asked for (any more); a later one may be had."""
 
 
 class UpdateFailedError(HeadraceError):

@@ -15,7 +15,7 @@ from functools import partial
 from secrets import token_hex
 
 from headrace import wire
-from headrace.config import HostSettings, host_settings
+from headrace.config import EngineTarget, HostSettings, host_settings
 from headrace.control.hub import Hub
 from headrace.control.keys import new_token
 from headrace.errors import HeadraceError, LocalProtocolError, UpdateFailedError
@@ -106,16 +106,18 @@ def _verdict(peers: Sequence[Peer]) -> int | None:
 def main() -> int:
     """Watch stdin until it closes, then recover what is still paused."""
     logging.basicConfig(level=logging.WARNING, format="headrace guardian: %(message)s")
-    paused: dict[str, None] = {}
+    paused: dict[str, EngineTarget] = {}
     for line in sys.stdin:
         message = json.loads(line)
-        paused |= dict.fromkeys(message.get("paused", ()))
-        for address in message.get("resumed", ()):
-            paused.pop(address, None)
+        if "paused" in message:
+            target = EngineTarget(**message["paused"])
+            paused[target.address] = target
+        else:
+            paused.pop(message["resumed"], None)
     failures = 0
-    for address in paused:
+    for address, target in paused.items():
         try:
-            logger.warning("%s", recover(engine_control(address), host_settings()))
+            logger.warning("%s", recover(engine_control(target), host_settings()))
         except HeadraceError as error:
             failures += 1
             logger.error("%s was not resumed: %s", address, error)  # noqa: TRY400 - the message is for people

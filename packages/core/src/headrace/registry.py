@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any, Literal, cast, get_args
 from urllib.parse import urlsplit
 
+from headrace.config import EngineTarget
 from headrace.errors import BackendUnavailableError, ConfigError, HeadraceError
 from headrace.protocols import EngineControl
 
@@ -79,23 +81,37 @@ def available(group: Group) -> dict[str, str]:
     return {name: _state(group, name, found.get(name, [])) for name in names}
 
 
-def engine_control(
-    target: str, *, headers: Mapping[str, str] | None = None, verify: bool | str = True
-) -> EngineControl:
+def engine_control(target: str | EngineTarget) -> EngineControl:
     """Return the control of the engine that `target` names (`torch=http://127.0.0.1:8000`); dials nobody yet.
 
     Args:
-        target: `ENGINE=URL`; the engine is a name of `headrace.engines`.
-        headers: Sent with every request, such as an API key.
-        verify: Whether TLS certificates are checked, or the file of the authority to check them against.
+        target: `ENGINE=URL`, the engine being a name of `headrace.engines`; or that with headers and TLS options.
 
     Raises:
-        ConfigError: `target` is malformed; shows examples.
+        ConfigError: `target` is malformed, or a file that it names cannot be used.
         BackendUnavailableError: No such engine is installed, or its adapter is broken.
     """
-    name, url = _split_target(target)
+    chosen = EngineTarget(target) if isinstance(target, str) else target
+    name, url = _split_target(chosen.address)
     factory = load("headrace.engines", name)
-    return cast("EngineControl", factory(url, headers=headers, verify=verify))
+    return cast("EngineControl", factory(url, headers=chosen.headers, verify=_tls(chosen)))
+
+
+def _tls(target: EngineTarget) -> ssl.SSLContext | bool:
+    """Return what httpx takes for the certificates of a target."""
+    if isinstance(target.verify, bool) and target.certificate is None:
+        return target.verify
+    try:
+        context = ssl.create_default_context(cafile=target.verify if isinstance(target.verify, str) else None)
+        if target.certificate is not None:
+            context.load_cert_chain(target.certificate)
+    except OSError as error:
+        files = ", ".join(file for file in (target.verify, target.certificate) if isinstance(file, str))
+        message = f"the certificates for {target.address} cannot be used ({files}): {error}; give PEM files"
+        raise ConfigError(message, name=target.address) from error
+    if target.verify is False:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def _split_target(target: str) -> tuple[str, str]:

@@ -46,6 +46,19 @@ class WorkerReport:
         return self.live_bytes / self.commit_s / 1e9 if self.commit_s else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """What one engine's users noticed of one update.
+
+    Attributes:
+        address: The engine as it was named.
+        stall_s: Seconds between its pause and its resume.
+    """
+
+    address: str
+    stall_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
     """The result of one successful update.
@@ -53,10 +66,12 @@ class UpdateReport:
     Attributes:
         update_id: Random id.
         version: Version that every instance now serves.
+        step: The trainer's step whose weights these are; None where the source has no steps.
         first: Whether this was the first update of these receivers (recording and proof included).
         cache: Cache mode.
         verify: Verification that was made; it succeeded.
         workers: One entry per worker.
+        engines: One entry per engine, in the order in which they were given.
         unused_names: Source names that nothing uses.
         read_s: Seconds of reading or publishing the source.
         plan_s: Seconds of planning.
@@ -73,6 +88,7 @@ class UpdateReport:
     cache: str
     verify: str
     workers: tuple[WorkerReport, ...]
+    engines: tuple[EngineReport, ...] = ()
     unused_names: tuple[str, ...] = ()
     read_s: float = 0.0
     plan_s: float = 0.0
@@ -80,6 +96,7 @@ class UpdateReport:
     stall_s: float = 0.0
     total_s: float = 0.0
     overhead_s: float = 0.0
+    step: int | None = None
     spans: tuple[Span, ...] = field(default=(), repr=False)
 
     @property

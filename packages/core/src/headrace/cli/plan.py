@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
-from headrace.config import GIB, MIB, Deadlines, UpdateSettings
+from headrace.cli.targets import Ca, Certificate, Headers, Insecure, ToOption, engine_targets
+from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     checkpoint: Annotated[Path, typer.Option(help="Folder or file of safetensors.")],
-    to: Annotated[list[str] | None, typer.Option(help="Engine as NAME=URL; repeatable.")] = None,
+    to: Annotated[list[str] | None, ToOption] = None,
     simulate: Annotated[
         str | None, typer.Option(help="A cluster instead: tp=8,instances=4,hosts=2,holders=8.")
     ] = None,
@@ -48,6 +49,10 @@ def plan(
     ready_s: Annotated[
         float, typer.Option(help="How long to wait for an engine that is not up yet.")
     ] = 600.0,
+    header: Headers = None,
+    ca: Ca = None,
+    cert: Certificate = None,
+    insecure: Insecure = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what an update would move where, and why; no engine is paused, no weight is changed."""
@@ -67,7 +72,7 @@ def plan(
     if simulate:
         report = _simulated(checkpoint, simulate, settings, holders)
     else:
-        report = _real(checkpoint, to or [], settings, holders)
+        report = _real(checkpoint, engine_targets(to or [], header, ca, cert, insecure), settings, holders)
     if as_json:
         print_json(plan_json(report, gb_per_s))
     else:
@@ -86,7 +91,9 @@ def _simulated(checkpoint: Path, spec: str, settings: UpdateSettings, holders: i
     return simulate(checkpoint, Cluster.parse(spec), settings)
 
 
-def _real(checkpoint: Path, to: list[str], settings: UpdateSettings, holders: int | None) -> PlanReport:
+def _real(
+    checkpoint: Path, to: list[EngineTarget], settings: UpdateSettings, holders: int | None
+) -> PlanReport:
     from headrace.cli.progress import UpdateProgress
     from headrace.server.parameter_server import ParameterServer
 

@@ -19,7 +19,7 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
     workers), `live_bytes` (written into live tensors in the pause), `seconds` (`read`, `plan`, `stage`,
     `commit`, `stall`, `total`, `overhead`), `gb_per_s` (live bytes over the longest commit, 1e9),
     `memcpy_gb_per_s` and `share_of_memcpy` (None where no ceiling was measured), `unused_names`, and
-    `workers`, each with `instance`, `rank`, `route`, `transport`, `why`, `ring`,
+    `engines`, each with `address` and `seconds` (`stall`), and `workers`, each with `instance`, `rank`, `route`, `transport`, `why`, `ring`,
     `bytes`, `live_bytes`, `seconds` (`stage`, `commit`, `verify`), `casts`, `opaque_names`. Spans are in the
     trace, not here.
 
@@ -43,6 +43,7 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
         "memcpy_gb_per_s": memcpy_gb_per_s,
         "share_of_memcpy": _share(report, memcpy_gb_per_s),
         "unused_names": list(report.unused_names),
+        "engines": [{"address": e.address, "seconds": {"stall": e.stall_s}} for e in report.engines],
         "workers": [_worker_json(worker) for worker in report.workers],
     }
 
@@ -126,7 +127,8 @@ def _notes(report: UpdateReport) -> list[str]:
     rings = dict.fromkeys(f"memory: {w.ring}" for w in report.workers if w.ring)
     casts = dict.fromkeys(f"cast: {cast}" for w in report.workers for cast in w.casts)
     opaque = dict.fromkeys(name for w in report.workers for name in w.opaque_names)
-    notes = [*reasons, *rings, *casts]
+    engines = [f"{e.address} stood still for {format_seconds(e.stall_s)}" for e in report.engines]
+    notes = [*(engines if len(engines) > 1 else ()), *reasons, *rings, *casts]
     if opaque:
         notes.append(f"through the engine's own loader: {_names(list(opaque))}")
     if report.unused_names:

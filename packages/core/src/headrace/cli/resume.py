@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from headrace.cli.console import stdout
+from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
 
 
 def register(app: typer.Typer) -> None:
@@ -15,15 +16,19 @@ def register(app: typer.Typer) -> None:
 
 
 def resume(
-    to: Annotated[list[str], typer.Option(help="Engine as NAME=URL; repeatable.")],
+    to: To,
     deadline_s: Annotated[float, typer.Option(help="How long to wait for the engine's workers.")] = 60.0,
+    header: Headers = None,
+    ca: Ca = None,
+    cert: Certificate = None,
+    insecure: Insecure = False,
 ) -> None:
     """Resume engines that an updater left paused; one whose ranks hold different weights stays paused."""
     from headrace.config import host_settings
     from headrace.recovery import recover
     from headrace.registry import engine_control
 
-    for target in to:
+    for target in engine_targets(to, header, ca, cert, insecure):
         control = engine_control(target)
         try:
             stdout().print(recover(control, host_settings(), deadline_s), markup=False)

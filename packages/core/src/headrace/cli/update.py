@@ -10,7 +10,8 @@ import typer
 
 from headrace.cli.console import print_json, stdout
 from headrace.cli.render import print_report, report_json
-from headrace.config import GIB, MIB, Deadlines, UpdateSettings
+from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
+from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
 from headrace.telemetry import chrome_trace
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def update(
     checkpoint: Annotated[Path, typer.Option(help="Folder or file of safetensors.")],
-    to: Annotated[
-        list[str], typer.Option(help="Engine as NAME=URL, e.g. torch=http://127.0.0.1:8000; repeatable.")
-    ],
+    to: To,
     route: Annotated[str, typer.Option(help="auto, direct or broadcast.")] = "auto",
     transport: Annotated[str, typer.Option(help="auto, memory or tcp.")] = "auto",
     cache: Annotated[
@@ -37,6 +36,10 @@ def update(
         int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse source names that nothing uses.")] = False,
+    rolling: Annotated[
+        bool,
+        typer.Option("--rolling", help="Pause engines one after another, so that the fleet never stops."),
+    ] = False,
     holders: Annotated[
         int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")
     ] = None,
@@ -49,6 +52,10 @@ def update(
     ] = 600.0,
     trace: Annotated[Path | None, typer.Option(help="Write Chrome trace events (Perfetto).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    header: Headers = None,
+    ca: Ca = None,
+    cert: Certificate = None,
+    insecure: Insecure = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Replace the weights of running engines by a checkpoint's, while they serve."""
@@ -59,11 +66,12 @@ def update(
         verify=_any(verify),
         version=version,
         strict=strict,
+        rolling=rolling,
         budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
         bucket_bytes=int(bucket_mib * MIB),
         deadlines=Deadlines(ready_s=ready_s),
     )
-    made = _update(checkpoint, to, settings, holders)
+    made = _update(checkpoint, engine_targets(to, header, ca, cert, insecure), settings, holders)
     if made is None:
         return
     if report is not None:
@@ -81,7 +89,7 @@ def _any(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says
 
 
 def _update(
-    checkpoint: Path, to: list[str], settings: UpdateSettings, holders: int | None
+    checkpoint: Path, to: list[EngineTarget], settings: UpdateSettings, holders: int | None
 ) -> UpdateReport | None:
     """Run the update; under torchrun every rank holds a part and rank 0 leads, the others return None."""
     from headrace.cli.progress import UpdateProgress

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from headrace import wire
-from headrace.config import UpdateSettings
-from headrace.errors import FailureKey, HeadraceError, IntegrityError, UpdateFailedError
+from headrace.config import EngineTarget, UpdateSettings
+from headrace.errors import FailureKey, HeadraceError, IntegrityError, UpdateFailedError, WeightsState
 from headrace.plan import TransferPlan
 from headrace.protocols import EngineControl
 from headrace.recipe import LoadRecipe
@@ -48,7 +48,7 @@ class Instance:
 
     Attributes:
         control: How the updater talks to the engine.
-        target: The engine as the user named it, for the guardian; None for a control object of the caller.
+        target: How a guardian reaches the engine; None for a control object of the caller.
         token: What its receivers present; tells them from those of other instances.
         num_receivers: How many must dial in.
         peers: Receivers that have.
@@ -62,7 +62,7 @@ class Instance:
     """
 
     control: EngineControl
-    target: str | None
+    target: EngineTarget | None
     token: str
     num_receivers: int = 0
     peers: list[Peer] = field(default_factory=list)
@@ -161,26 +161,27 @@ def _broken(errors: dict[FailureKey, HeadraceError], instance: Instance) -> Upda
     return error
 
 
-def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> bool:
+def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> WeightsState:
     """Have an instance's receivers forget the update and resume it if its weights are whole.
 
     Whole are those that no rank has touched, in this update or in one that broke off before it, and those of an
     instance that only could not be resumed.
 
     Returns:
-        Whether the instance holds whole weights of one version.
+        What the instance holds now.
     """
     if instance.done:
         _resume(instance, resume_s)
-        return True
+        return "new"
     for peer in instance.peers:
         if not peer.lost:
             peer.send(wire.Abort(reason=str(reason), spoiled=instance.spoiled))
     states = {_aborted_state(peer) for peer in instance.peers}
     whole = states <= ({"old"} if instance.writing else {"old", "lost"})
-    if whole:
-        _resume(instance, resume_s)
-    return whole
+    if not whole:
+        return "mixed"
+    _resume(instance, resume_s)
+    return "old"
 
 
 def _resume(instance: Instance, resume_s: float) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict
+
+from headrace.config import EngineTarget
 
 
 class Guardian:
@@ -20,13 +22,13 @@ class Guardian:
             command = [sys.executable, "-P", "-m", "headrace.recovery"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
-    def paused(self, addresses: Sequence[str]) -> None:
-        """Say that these engines are about to be paused."""
-        self._tell({"paused": list(addresses)})
+    def paused(self, target: EngineTarget) -> None:
+        """Say that this engine is about to be paused, and how it is reached."""
+        self._tell({"paused": asdict(target)})
 
-    def resumed(self, addresses: Sequence[str]) -> None:
-        """Say that these engines need no guardian any more (resumed, or paused for good reason)."""
-        self._tell({"resumed": list(addresses)})
+    def resumed(self, target: EngineTarget) -> None:
+        """Say that this engine needs no guardian any more (resumed, or paused for good reason)."""
+        self._tell({"resumed": target.address})
 
     def close(self) -> None:
         """End the process; idempotent."""
@@ -40,7 +42,7 @@ class Guardian:
             self._process.wait()
         self._process = None
 
-    def _tell(self, message: dict[str, list[str]]) -> None:
+    def _tell(self, message: dict[str, object]) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()

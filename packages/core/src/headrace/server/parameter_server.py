@@ -12,20 +12,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from headrace import wire
-from headrace.config import HostSettings, UpdateSettings, host_settings
+from headrace.config import EngineTarget, HostSettings, UpdateSettings, host_settings
 from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
 from headrace.planner import Planner, casts
 from headrace.protocols import EngineControl, WeightSource
 from headrace.registry import engine_control
-from headrace.report import UpdateReport, WorkerReport
+from headrace.report import EngineReport, UpdateReport, WorkerReport
 from headrace.server.broadcast import RingHost
 from headrace.server.commit import Member
 from headrace.server.guardian import Guardian
-from headrace.server.holders import HolderPool, ProgressCallback, SourceSpec
+from headrace.server.holders import Crew, HolderPool, ProgressCallback, SourceSpec
 from headrace.server.plan_report import PlanReport, live_bytes, plan_report
 from headrace.server.switchboard import Switchboard
-from headrace.server.torchrun import Launch
 from headrace.server.update import Kept, Update
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.tensors import TensorSource
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-Target = str | EngineControl
+Target = str | EngineTarget | EngineControl
 
 
 class ParameterServer:
@@ -50,7 +49,7 @@ class ParameterServer:
         source: Any other WeightSource of this process.
         holders: Number of holders; None takes one for `direct`, one per worker for `broadcast`.
         host: Sockets of this host; None reads the environment.
-        launch: torchrun's ranks as holders, this process being rank 0.
+        launch: Processes that hold, one holder each, this one being rank 0: torchrun's ranks, or a trainer's.
 
     Raises:
         ConfigError: Not exactly one source was given.
@@ -65,7 +64,7 @@ class ParameterServer:
         source: WeightSource | None = None,
         holders: int | None = None,
         host: HostSettings | None = None,
-        launch: Launch | None = None,
+        launch: Crew | None = None,
     ) -> None:
         if sum(given is not None for given in (checkpoint, tensors, source)) != 1:
             raise ConfigError("give exactly one of checkpoint, tensors and source")
@@ -97,7 +96,7 @@ class ParameterServer:
         Blocking; every wait inside has a deadline of `settings.deadlines`.
 
         Args:
-            to: Engines, as `torch=http://host:port` or EngineControl objects.
+            to: Engines, as `torch=http://host:port`, EngineTarget or EngineControl objects.
             settings: Choices; None takes the defaults.
             progress: Called with (phase, bytes done, bytes in all; 0 and 0 where a phase just begins).
             choices: Fields of UpdateSettings by name, instead of `settings`.
@@ -152,33 +151,38 @@ class ParameterServer:
         self.close()
 
     @contextmanager
-    def _controls(self, to: Target | Sequence[Target]) -> Iterator[list[tuple[EngineControl, str | None]]]:
-        """Yield a control per target and, where we made it, the name by which a guardian can make it too.
+    def _controls(
+        self, to: Target | Sequence[Target]
+    ) -> Iterator[list[tuple[EngineControl, EngineTarget | None]]]:
+        """Yield a control per target and, where we made it, the target from which a guardian can make it too.
 
         Raises:
             LocalProtocolError: This parameter server is at work.
             ConfigError: There is no target.
         """
-        targets = [to] if isinstance(to, str | EngineControl) else list(to)
+        targets = [to] if isinstance(to, Target) else list(to)
         if not targets:
             raise ConfigError("an update needs at least one engine", name="to")
         if not self._busy.acquire(blocking=False):
             raise LocalProtocolError("this parameter server is already updating", retryable=True)
-        controls: list[tuple[EngineControl, str | None]] = []
+        controls: list[tuple[EngineControl, EngineTarget | None]] = []
         try:
             for target in targets:
-                pair = (engine_control(target), target) if isinstance(target, str) else (target, None)
-                controls.append(pair)
+                named = EngineTarget(target) if isinstance(target, str) else target
+                if isinstance(named, EngineTarget):
+                    controls.append((engine_control(named), named))
+                else:
+                    controls.append((named, None))
             yield controls
         finally:
-            for control, name in controls:
-                if name:
+            for control, own in controls:
+                if own:
                     control.close()
             self._busy.release()
 
     def _make(
         self,
-        controls: Sequence[tuple[EngineControl, str | None]],
+        controls: Sequence[tuple[EngineControl, EngineTarget | None]],
         settings: UpdateSettings,
         progress: ProgressCallback,
     ) -> Update:
@@ -186,7 +190,7 @@ class ParameterServer:
 
     def _run(
         self,
-        controls: Sequence[tuple[EngineControl, str | None]],
+        controls: Sequence[tuple[EngineControl, EngineTarget | None]],
         settings: UpdateSettings,
         progress: ProgressCallback,
     ) -> UpdateReport:
@@ -233,9 +237,11 @@ def _report(update: Update, settings: UpdateSettings, total_s: float) -> UpdateR
     return UpdateReport(
         update_id=update.id,
         version=update.version,
+        step=update.step,
         first=update.first,
         cache=settings.cache,
         verify=settings.verify,
+        engines=tuple(EngineReport(i.control.address, i.stall_s) for i in update.instances),
         workers=tuple(_worker_report(member) for member in update.members),
         unused_names=update.unused_names(),
         read_s=seconds["read"],

@@ -13,12 +13,18 @@ from typing import TypeVar
 import numpy as np
 
 from headrace import wire
-from headrace.config import UpdateSettings
+from headrace.config import EngineTarget, UpdateSettings
 from headrace.control.keys import new_token
-from headrace.errors import FailureKey, HeadraceError, LocalProtocolError, ManifestMismatchError
+from headrace.errors import (
+    CapacityError,
+    FailureKey,
+    HeadraceError,
+    LocalProtocolError,
+    ManifestMismatchError,
+)
 from headrace.manifest import Manifest
 from headrace.plan import UpdatePlan
-from headrace.planner import Planner, ReceiverNeeds
+from headrace.planner import Planner, ReceiverNeeds, planned_rows
 from headrace.protocols import EngineControl, Ticket
 from headrace.recipe import LoadRecipe
 from headrace.server.broadcast import BroadcastRun, RingHost, pair_with_holders
@@ -58,7 +64,7 @@ class Update:
     def __init__(
         self,
         kept: Kept,
-        controls: Sequence[tuple[EngineControl, str | None]],
+        controls: Sequence[tuple[EngineControl, EngineTarget | None]],
         settings: UpdateSettings,
         metas: Callable[[], ParamTable],
         num_holders: int | None,
@@ -67,6 +73,7 @@ class Update:
         self.id = token_hex(6)
         self.version = -1
         self.first = False
+        self.step: int | None = None
         self.recorder = Recorder("updater")
         self.instances = [Instance(control, target, new_token()) for control, target in controls]
         self._kept = kept
@@ -99,7 +106,9 @@ class Update:
             peers = self._enrol()
             manifests = self._publish(len(peers))
             self._describe(peers, manifests)
-            self._stage(self._make_plan(manifests), manifests)
+            plan = self._make_plan(manifests)
+            self._fill(plan, manifests)
+            self._stage(plan, manifests)
             self._commit()
 
     def plan_only(self) -> tuple[UpdatePlan, list[Manifest]]:
@@ -254,10 +263,31 @@ class Update:
             plan = self._kept.planner.plan(manifests, self._needs, self._settings)
         for member, transfer in zip(self.members, plan.receivers, strict=True):
             member.plan = transfer
+        self._check_rolling()
         for instance in self.instances:
             rings = {member.plan.ring.mode for member in instance.members if member.plan}
             instance.feeders = self._kept.holders.peers if rings & {"overlapped", "serial"} else ()
         return plan
+
+    def _fill(self, plan: UpdatePlan, manifests: Sequence[Manifest]) -> None:
+        """Have a trainer's ranks copy out what the plan reads, all of one step; other sources were read before."""
+        holders = self._kept.holders
+        if holders.is_stepped:
+            with self._phase("read"):
+                rows = planned_rows(plan, manifests)
+                self.step = holders.fill(self.version, rows, self._settings.deadlines, self._progress)
+
+    def _check_rolling(self) -> None:
+        """Refuse to roll where engines would have to go round one ring together, all of them paused."""
+        if not self._settings.rolling or len(self.instances) < 2:
+            return
+        plans = (member.plan for member in self.members if member.plan)
+        if any(plan.route == "broadcast" and plan.ring.mode != "staged" for plan in plans):
+            text = (
+                "the broadcast goes round a ring for which all engines must pause together, not one after another; "
+                "update without --rolling, by --route direct, or with a larger --budget-gib"
+            )
+            raise CapacityError(text, phase="plan")
 
     def _stage(self, plan: UpdatePlan, manifests: Sequence[Manifest]) -> None:
         holders, limits = tuple(manifest.holder for manifest in manifests), self._settings.deadlines
@@ -304,26 +334,36 @@ class Update:
                 member.expected = total
 
     def _commit(self) -> None:
-        """Pause, commit and resume every instance side by side; each stands still only for its own commit."""
-        targets = [instance.target for instance in self.instances if instance.target]
-        self._kept.guardian.paused(targets)
+        """Pause, commit and resume every instance, side by side or rolling; each stands still only for its own."""
         self._progress("commit", 0, 0)
-        self._each(lambda i: commit_instance(i, self.version, self._settings, self.recorder))
-        self._kept.guardian.resumed(targets)
+        if self._settings.rolling:
+            for instance in self.instances:
+                self._commit_one(instance)
+        else:
+            self._each(self._commit_one)
         if self._broadcast is not None:
             self._broadcast.finish(FINISH_S)
+
+    def _commit_one(self, instance: Instance) -> None:
+        if instance.target:
+            self._kept.guardian.paused(instance.target)
+        commit_instance(instance, self.version, self._settings, self.recorder)
+        if instance.target:
+            self._kept.guardian.resumed(instance.target)
 
     def _take_back(self, error: HeadraceError) -> None:
         """Have everyone forget the update, and resume what was paused and is whole."""
         if self._broadcast is not None:
             self._broadcast.cancel()
-        for instance in self.instances:
-            whole = take_back(instance, error, self._settings.deadlines.pause_s)
-            if not whole:
-                error.weights_state = "mixed"
+        limit = self._settings.deadlines.pause_s
+        error.engines = {i.control.address: take_back(i, error, limit) for i in self.instances}
+        if "mixed" in error.engines.values():
+            error.weights_state = "mixed"
         self._kept.holders.release(self.version)
         self._kept.holders.settle(SETTLE_S)
-        self._kept.guardian.resumed([instance.target for instance in self.instances if instance.target])
+        for instance in self.instances:
+            if instance.target:
+                self._kept.guardian.resumed(instance.target)
 
     def _each(self, call: Callable[[Instance], T]) -> list[T]:
         """Run a blocking call for every instance side by side; raises the first failure after all have ended."""

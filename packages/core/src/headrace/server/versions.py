@@ -21,7 +21,9 @@ def next_version(served: Sequence[int | None], wished: int | None, held: int | N
     greatest = max((version for version in served if version is not None), default=0)
     if held is not None and held >= greatest:
         if wished is not None and wished <= held:
-            message = f"version {wished} does not grow: the holders have made {held}; give at least {held + 1}"
+            message = (
+                f"version {wished} does not grow: the holders have made {held}; give at least {held + 1}"
+            )
             raise LocalProtocolError(message, weight_version=wished, phase="enrol")
         greatest = held
     if wished is None:

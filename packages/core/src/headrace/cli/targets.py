@@ -1,0 +1,68 @@
+"""Options by which commands name engines and say how to reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.config import EngineTarget
+from headrace.errors import ConfigError
+
+ToOption = typer.Option("--to", help="Engine as NAME=URL, e.g. torch=http://127.0.0.1:8000; repeatable.")
+To = Annotated[list[str], ToOption]
+Headers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header",
+        help="Sent to every engine: 'NAME: VALUE', or @FILE with one per line, which keeps keys out of "
+        "the process list; repeatable.",
+    ),
+]
+Ca = Annotated[
+    Path | None, typer.Option("--ca", help="Authority that engines' certificates are checked against, PEM.")
+]
+Certificate = Annotated[
+    Path | None,
+    typer.Option("--cert", help="This client's certificate and key, PEM, where engines ask for one."),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Do not check engines' certificates.")]
+
+
+def engine_targets(
+    to: Sequence[str],
+    headers: Sequence[str] | None,
+    ca: Path | None,
+    certificate: Path | None,
+    insecure: bool,
+) -> list[EngineTarget]:
+    """Return what the options name, every engine with the same headers and certificates.
+
+    Raises:
+        ConfigError: A header has no name, a file cannot be read, or options contradict each other.
+    """
+    if insecure and ca is not None:
+        raise ConfigError("--ca and --insecure contradict each other; give one", name="--insecure")
+    sent = dict(_header(line) for given in headers or () for line in _lines(given))
+    verify = str(ca) if ca is not None else not insecure
+    return [EngineTarget(address, sent, verify, str(certificate) if certificate else None) for address in to]
+
+
+def _lines(given: str) -> list[str]:
+    if not given.startswith("@"):
+        return [given]
+    try:
+        text = Path(given[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--header {given}: the file cannot be read: {error}", name=given) from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _header(line: str) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    if not colon or not name.strip() or not value.strip():
+        message = "a --header has no name and value; write 'NAME: VALUE', e.g. 'Authorization: Bearer KEY'"
+        raise ConfigError(message, name="--header")
+    return name.strip(), value.strip()
