@@ -16,9 +16,9 @@ from headrace.cli.main import app
 from headrace.cli.plan import plan_json
 from headrace.cli.simulated import Cluster
 from headrace.config import UpdateSettings
-from headrace.demo.engine import EngineProcess
 from headrace.errors import ConfigError, UpdateFailedError
 from headrace.server.parameter_server import ParameterServer
+from headrace.testing.engine_process import EngineProcess
 from headrace.testing.tiny_model import TinySize, make_tiny_qwen3
 
 
@@ -135,8 +135,7 @@ def test_instances_and_holders_are_spread_over_hosts() -> None:
 @pytest.fixture(scope="module")
 def engine(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     log = tmp_path_factory.mktemp("engine") / "engine.log"
-    with EngineProcess(checkpoints[0], 2, "cpu", log) as process:
-        process.wait_ready(90.0)
+    with EngineProcess(checkpoints[0], 2, log=log) as process:
         yield process
 
 

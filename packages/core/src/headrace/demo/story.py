@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from headrace.ceiling import CopyCeiling, measure_copy_ceiling
 from headrace.config import UpdateSettings
-from headrace.demo.engine import EngineProcess
 from headrace.demo.proofs import (
     Proof,
     Weights,
@@ -32,6 +31,7 @@ from headrace.demo.trainer import Trainer
 from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
 from headrace.telemetry import Span
+from headrace.testing.engine_process import EngineProcess
 from headrace.testing.tiny_model import SENTENCES, TinySize, make_tiny_qwen3
 from headrace.types import RouteName
 
@@ -190,7 +190,9 @@ class _Story:
         self._applied: list[AppliedUpdate] = []
         self._make("a")
         log = folder / "engine.log"
-        self._engine = stack.enter_context(EngineProcess(folder / "a", settings.tp, settings.device, log))
+        self._engine = stack.enter_context(
+            EngineProcess(folder / "a", settings.tp, "--device", settings.device, log=log, wait=False)
+        )
         for name in CHECKPOINTS[1:]:
             self._make(name)
         self._tokenizer = Tokenizer.from_file(str(folder / "a" / "tokenizer.json"))

@@ -20,10 +20,12 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
-from headrace.errors import ConnectError
+from headrace.errors import ConnectError, RemoteProtocolError
 
 START_S = 120.0
-_STOP_S = 15.0
+_STOP_S = 20.0
+_ANSWER_S = 60.0
+_LOG_LINES = 15
 
 
 class EngineProcess:
@@ -36,6 +38,7 @@ class EngineProcess:
         environment: Variables of the engine beside this process's own.
         wait: Whether to wait until it is ready.
         port: Port to listen on; None takes a free one.
+        log: File that takes what the engine writes; None lets its errors through to the terminal.
 
     Attributes:
         url: Its base URL.
@@ -50,18 +53,22 @@ class EngineProcess:
         environment: dict[str, str] | None = None,
         wait: bool = True,
         port: int | None = None,
+        log: Path | None = None,
     ) -> None:
+        self._log = log
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.target = f"torch={self.url}"
         command = [sys.executable, "-m", "headrace", "engine", "--model", str(model), "--tp", str(tp)]
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            [*command, "--port", str(self.port), *options],
-            stdout=subprocess.DEVNULL,
-            env=os.environ | quiet | (environment or {}),
-        )
-        self._client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        with log.open("wb") if log else contextlib.nullcontext(subprocess.DEVNULL) as output:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if log else None,
+                env=os.environ | _quiet() | (environment or {}),
+            )
+        self._client = httpx.Client(base_url=self.url, timeout=_ANSWER_S, trust_env=False)
         if wait:
             self.wait_ready()
 
@@ -69,17 +76,33 @@ class EngineProcess:
         """Wait until it answers requests.
 
         Raises:
-            ConnectError: It ended, or is not ready within the deadline.
+            ConnectError: It ended, or is not ready within the deadline; holds the end of its log.
         """
         limit = time.monotonic() + deadline_s
-        while time.monotonic() < limit and self.process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if self._client.get("/health").is_success:
-                    return
+        while not self._is_ready():
+            ended = self.process.poll()
+            if ended is not None or time.monotonic() > limit:
+                self.close()
+                what = f"was not ready within {deadline_s:g} s" if ended is None else f"left with exit code {ended}"
+                raise self._broken(what)
             time.sleep(0.05)
-        self.close()
-        message = f"the engine at {self.url} was not ready within {deadline_s:g} s"
-        raise ConnectError(message, name=self.url)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the JSON answer of one of the engine's pages.
+
+        Raises:
+            ConnectError: The engine does not answer.
+            RemoteProtocolError: It refuses.
+        """
+        try:
+            response = self._client.get(path)
+            response.raise_for_status()
+            return dict(response.json())
+        except httpx.HTTPStatusError as error:
+            text = f"{self.url}{path} answered {error.response.status_code}: {error.response.text[:300]}"
+            raise RemoteProtocolError(text, name=path) from error
+        except httpx.HTTPError as error:
+            raise self._broken(f"does not answer {path} ({type(error).__name__}: {error})") from error
 
     def health(self) -> dict[str, Any]:
         """Return what `/health` says, also where the engine has failed."""
@@ -87,7 +110,7 @@ class EngineProcess:
 
     def status(self) -> dict[str, Any]:
         """Return what `/headrace/status` says."""
-        return dict(self._client.get("/headrace/status").json())
+        return self.get("/headrace/status")
 
     def differences(self, checkpoint: Path) -> list[str]:
         """Return the live tensors that are not, bit for bit, what the checkpoint has, as `rank: name`.
@@ -96,7 +119,7 @@ class EngineProcess:
         """
         whole = _read(checkpoint)
         missing, found = set(whole), []
-        for rank in self._client.get("/headrace/fingerprints").json()["ranks"]:
+        for rank in self.get("/headrace/fingerprints")["ranks"]:
             for entry in rank["tensors"]:
                 missing.discard(entry["name"])
                 if _sum(whole[entry["name"]], entry["boxes"], entry["dim"]) != entry["sha256"]:
@@ -128,6 +151,23 @@ class EngineProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _is_ready(self) -> bool:
+        try:
+            return self._client.get("/health").is_success
+        except httpx.HTTPError:
+            return False
+
+    def _broken(self, what: str) -> ConnectError:
+        tail = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log else []
+        ending = ["; its log ends with:", *tail] if tail else [""]
+        return ConnectError(f"the engine at {self.url} {what}" + "\n".join(ending), name=self.url)
+
+
+def _quiet() -> dict[str, str]:
+    """Return variables of a process that computes on one thread and finds the modules that this one finds."""
+    path = os.pathsep.join(path for path in sys.path if path)
+    return {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
 
 
 class Stream:
