@@ -144,6 +144,9 @@ class Holder:
         elif isinstance(message, wire.Settle):
             self._cancel.set()
             self._work.submit(self._answer, "settle", self._settle, message)
+        elif isinstance(message, wire.Pin):
+            if isinstance(self._store, Store):
+                self._store.pin(message.version, message.pinned)
         elif isinstance(message, wire.Broadcast):
             self._cancel.clear()
             self._broadcasts.submit(self._answer, "broadcast", self._broadcast, message)

@@ -39,12 +39,14 @@ class HolderAddress:
         unix_socket: Path of the socket that passes file descriptors; empty if it lends none.
         tcp_endpoint: `host:port` of its data server; empty if it serves none.
         tcp_secret: Key of the data server's challenge; travels only inside the encrypted control channel.
+        mooncake: `host:port` of its Mooncake helper; empty if it runs none.
     """
 
     holder_id: str
     unix_socket: str = ""
     tcp_endpoint: str = ""
     tcp_secret: bytes = b""
+    mooncake: str = ""
 
 
 @dataclass(frozen=True)

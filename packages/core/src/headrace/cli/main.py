@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from headrace.cli import demo, doctor, engine, inspect, plan, resume, timeline, update
+from headrace.cli import demo, doctor, engine, hold, inspect, join, plan, resume, status, timeline, update
 from headrace.cli.console import show_error
 from headrace.errors import HeadraceError
 
-COMMANDS = (demo, engine, update, plan, resume, inspect, doctor, timeline)
+COMMANDS = (demo, engine, update, plan, hold, join, status, resume, inspect, doctor, timeline)
 """Modules with `register(app)`, in the order of the help page."""
 
 

@@ -201,10 +201,11 @@ def _bind(
     socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.set_hwm(0)
     try:
-        socket.bind(f"tcp://{_bracketed(host.bind_host)}:*")
+        socket.bind(f"tcp://{_bracketed(host.bind_host)}:{host.bind_port or '*'}")
     except zmq.ZMQError as error:
         socket.close(linger=0)
-        message = f"cannot listen on {host.bind_host!r}: {error}; set HEADRACE_BIND to a local address"
+        port = f" port {host.bind_port}" if host.bind_port else ""
+        message = f"cannot listen on {host.bind_host!r}{port}: {error}; set HEADRACE_BIND to a local address"
         raise ConfigError(message, name="HEADRACE_BIND") from error
     port = socket.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
     return socket, f"tcp://{_bracketed(host.advertise_host)}:{port}"

@@ -14,7 +14,7 @@ from headrace.control.keys import TokenBook
 from headrace.control.peers import Lost, PeerId
 from headrace.control.signals import Monitor
 from headrace.errors import ProtocolError, RemoteFailure, RemoteProtocolError
-from headrace.wire import Heartbeat, HolderHello, ReceiverHello, Refused, decode, encode
+from headrace.wire import Heartbeat, HolderHello, MemberHello, ReceiverHello, Refused, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -165,10 +165,10 @@ class Router:
             message = f"its first message is longer than {_MAX_HELLO_BYTES} bytes; a hello must come first"
             raise RemoteProtocolError(message)
         hello = decode([frame.bytes for frame in body])
-        if not isinstance(hello, ReceiverHello | HolderHello):
+        if not isinstance(hello, ReceiverHello | HolderHello | MemberHello):
             message = f"its first message is a {type(hello).__name__}; a hello must come first"
             raise RemoteProtocolError(message)
-        label = f"receiver {hello.worker}" if isinstance(hello, ReceiverHello) else f"holder {hello.index}"
+        label = _label(hello)
         if not self._tokens.spend(hello.token):
             message = (
                 f"{label} presented a token that is not valid (any more): its update is over, it "
@@ -176,3 +176,9 @@ class Router:
             )
             raise RemoteProtocolError(message)
         return PeerId(identity, label)
+
+
+def _label(hello: ReceiverHello | HolderHello | MemberHello) -> str:
+    if isinstance(hello, ReceiverHello):
+        return f"receiver {hello.worker}"
+    return f"member {hello.name}" if isinstance(hello, MemberHello) else f"holder {hello.index}"

@@ -65,7 +65,7 @@ class Holdings:
         many = np.flatnonzero(np.diff(self.starts) > 1)
         if not len(many):
             return chosen
-        rows = self._rows_by_holder(many)
+        rows = self.rows_by_holder(many)
         loads = np.bincount(self.holder[chosen], weights, self.num_holders).astype(np.float64)
         loads -= np.bincount(self.holder[chosen[many]], weights[many], self.num_holders)
         for members in _groups(rows >= 0):
@@ -77,7 +77,7 @@ class Holdings:
             chosen[many[members]] = rows[members, holders[pick]]
         return chosen
 
-    def _rows_by_holder(self, boxes: I64) -> I64:
+    def rows_by_holder(self, boxes: I64) -> I64:
         """Return the row of each box at each candidate, -1 elsewhere, shape (len(boxes), num_holders)."""
         counts = np.diff(self.starts)[boxes]
         box = np.repeat(np.arange(len(boxes)), counts)

@@ -70,6 +70,7 @@ class HolderPool:
             PeerLostError: A holder's process ended before it was up.
             TransferTimeoutError: A holder did not come up.
         """
+        published: What they hold of the version that was published last, by index.
         count = self._launch.world_size if self._launch else count
         if len(self.peers) >= count and not any(peer.lost for peer in self.peers):
             return
@@ -85,6 +86,7 @@ class HolderPool:
         tokens = {ticket.token for ticket in tickets}
         found = self._switchboard.arrivals(
             count,
+        self.published: list[Manifest] = []
             lambda p: isinstance(p.hello, wire.HolderHello) and p.hello.token in tokens,
             STARTUP_S,
             "holders",
@@ -130,6 +132,15 @@ class HolderPool:
             raise RemoteProtocolError("a holder named a layout that it never sent", phase="read")
         self._known[answer.layout] = known
         while len(self._known) > KEPT_LAYOUTS * len(self.peers):
+        self._watch_progress(progress)
+        order = wire.Publish(version=version, known_layouts=tuple(self._known))
+        answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
+        self.newest = version
+        self.published = [self._manifest(answers[peer.key], version) for peer in self.peers]
+        return self.published
+
+    def _watch_progress(self, progress: ProgressCallback | None) -> None:
+        """Add up what the holders say of how far they are with reading."""
             del self._known[next(iter(self._known))]
         return known.of_version(version)
 

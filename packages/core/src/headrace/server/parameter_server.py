@@ -135,6 +135,11 @@ class ParameterServer:
             seconds = {span.name: span.duration_s for span in update.recorder.spans}
             return plan_report(manifests, recipes, plan, version=update.version, plan_s=seconds["plan"])
 
+    @property
+    def holders(self) -> HolderPool:
+        """The holders of the source, for whoever keeps what they hold open to others."""
+        return self._kept.holders
+
     def close(self) -> None:
         """End holders, guardian and sockets; idempotent."""
         self._kept.holders.stop()

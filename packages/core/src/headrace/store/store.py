@@ -7,15 +7,16 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 
 from headrace.config import Deadlines
 from headrace.errors import LocalProtocolError, TransferTimeoutError
+from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.protocols import SourceRegion, WeightSource
 from headrace.segments import HostSegment, Lender, require_memory
@@ -26,6 +27,24 @@ _log = logging.getLogger(__name__)
 _MAX_THREADS = 8
 _TICK_S = 0.1
 Progress = Callable[[int, int], None]
+
+
+def _silent(_done_bytes: int, _total_bytes: int) -> None:
+    pass
+
+
+@runtime_checkable
+class BulkSource(Protocol):
+    """A WeightSource that fills whole versions itself, in its own order and threads."""
+
+    def fill(
+        self, regions: RegionTable, blocks: Sequence[torch.Tensor], progress: Progress, deadline_s: float
+    ) -> None:
+        """Write everything that `regions()` lists to where `regions` places it in `blocks`. Blocking.
+
+        After an error `blocks` are not used again, as late bytes may still land in them.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,7 @@ class Store:
         self._publishing = threading.Lock()
         self._free: list[_SegmentSet] = []
         self._held: dict[int, tuple[_SegmentSet, PublishedVersion]] = {}
+        self._pinned: set[int] = set()
         self._layout: Layout | None = None
         self._closed = False
 
@@ -176,8 +196,9 @@ class Store:
     def _take_set(self, layout: Layout) -> _SegmentSet:
         """Return segments of `layout` that hold no version any more, making them where there are none."""
         with self._lock:
-            while len(self._held) > 1:
-                self._free.append(self._held.pop(next(iter(self._held)))[0])
+            for version in list(self._held)[:-1]:
+                if version not in self._pinned:
+                    self._free.append(self._held.pop(version)[0])
             fitting = [one for one in self._free if one.layout is layout]
             unfit = [one for one in self._free if one.layout is not layout]
             self._free = fitting[1:]
@@ -186,6 +207,9 @@ class Store:
         return fitting[0] if fitting else _SegmentSet(layout, self._name, self._lender)
 
     def _fill(self, chosen: _SegmentSet, progress: Progress | None, end: float) -> None:
+        if isinstance(self._source, BulkSource):
+            self._fill_at_once(self._source, chosen, progress, end)
+            return
         reading = _Reading(self._source, chosen)
         try:
             reading.run(self._num_threads, progress, end)
@@ -199,6 +223,19 @@ class Store:
                     self._free.append(chosen)
                 else:
                     chosen.close()
+            raise
+
+    def _fill_at_once(
+        self, source: BulkSource, chosen: _SegmentSet, progress: Progress | None, end: float
+    ) -> None:
+        blocks = [segment.tensor for segment in chosen.segments]
+        try:
+            source.fill(chosen.regions, blocks, progress or _silent, max(0.0, end - time.monotonic()))
+        except BaseException as error:
+            # What was asked for may still land: these segments are never used again.
+            traceback.clear_frames(error.__traceback__)
+            del blocks
+            chosen.close()
             raise
 
     def _keep(self, version: int, chosen: _SegmentSet, seconds: float) -> PublishedVersion:
@@ -243,6 +280,14 @@ class Store:
                 message = f"holder {self._name} does not hold version {version}; held: {held}"
                 raise LocalProtocolError(message, name=self._name, weight_version=version)
             return self._held[version]
+
+    def pin(self, version: int, pinned: bool) -> None:
+        """Keep a version beyond the two newest, in memory of its own, or no longer; nothing where it is not held."""
+        with self._lock:
+            if pinned and version in self._held:
+                self._pinned.add(version)
+            else:
+                self._pinned.discard(version)
 
     def release(self, version: int) -> None:
         """Drop a version; its segments wait for the next `publish`. Idempotent."""

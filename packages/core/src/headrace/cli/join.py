@@ -1,0 +1,104 @@
+"""`headrace join`: brings the version that others hold into engines of this host."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
+from headrace.cli.hold import announce, wait_for_stop
+from headrace.cli.members import FromOptions, invitation_of
+from headrace.cli.render import print_report, report_json
+from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
+from headrace.config import GIB, Deadlines, UpdateSettings, host_settings
+
+if TYPE_CHECKING:
+    from headrace.server.joining import JoinReport
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(join)
+
+
+def join(
+    to: To,
+    keeper: FromOptions.From = None,
+    token: FromOptions.Token = None,
+    load_metas: FromOptions.Metas = None,
+    transport: Annotated[
+        str, typer.Option(help="auto, memory, tcp or mooncake: how holders are read.")
+    ] = "auto",
+    version: Annotated[
+        int | None, typer.Option(help="Version to join; default: the newest that is held.")
+    ] = None,
+    budget_gib: Annotated[float | None, typer.Option(help="Most staging memory per worker.")] = None,
+    ready_s: Annotated[
+        float, typer.Option(help="How long to wait for an engine that is not up yet.")
+    ] = 600.0,
+    keep_held: Annotated[
+        bool, typer.Option("--keep-held", help="Afterwards stay, and give to others what was read.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    header: Headers = None,
+    ca: Ca = None,
+    cert: Certificate = None,
+    insecure: Insecure = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Bring the version that others hold into new engines of this host; nobody who serves is disturbed."""
+    from headrace.cli.progress import UpdateProgress
+    from headrace.server.joining import JoinSettings, joined
+    from headrace.server.keeping import Keeper
+
+    invitation = invitation_of(keeper, token, load_metas)
+    update = UpdateSettings(
+        version=version,
+        budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
+        deadlines=Deadlines(ready_s=ready_s),
+    )
+    settings = JoinSettings(update=update, transport=transport)
+    targets, host = engine_targets(to, header, ca, cert, insecure), host_settings()
+    progress = UpdateProgress("join")
+    with progress:
+        context = joined(invitation, targets, host, settings=settings, progress=progress)
+        made, server = context.__enter__()
+    try:
+        _show(made, report, as_json=as_json)
+        if keep_held:
+            with Keeper(server.holders, replace(host, bind_port=0), [invitation]) as own:
+                own.offer(server.holders.published)
+                announce(own, "what was joined", None, as_json=as_json)
+                wait_for_stop()
+    finally:
+        context.__exit__(None, None, None)
+
+
+def join_json(made: JoinReport) -> dict[str, object]:
+    """Return a join as plain data: the update's report, and `join` with who gave what by which transport."""
+    facts = {
+        "from_holders": dict(made.from_holders),
+        "transports": dict(made.transports),
+        "read_s": made.read_s,
+        "attempts": made.attempts,
+    }
+    return {**report_json(made.update), "join": facts}
+
+
+def _show(made: JoinReport, report: Path | None, *, as_json: bool) -> None:
+    if report is not None:
+        report.write_text(json.dumps(join_json(made), indent=2))
+    if as_json:
+        print_json(join_json(made))
+        return
+    console = stdout()
+    print_report(console, made.update)
+    for name, given in sorted(made.from_holders.items()):
+        console.print(f"{format_bytes(given)} from {name} over {made.transports[name]}", markup=False)
+    total = sum(made.from_holders.values())
+    speed = total / made.read_s / 1e9 if made.read_s else 0.0
+    console.print(f"read in {format_seconds(made.read_s)}, {speed:.3g} GB/s with sums checked", markup=False)

@@ -1,0 +1,51 @@
+"""Options by which commands name a keeper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.errors import ConfigError
+from headrace.server.invitation import TOKEN_VARIABLE, Invitation
+
+
+class FromOptions:
+    """Types of the options, equal in all commands."""
+
+    From = Annotated[str | None, typer.Option("--from", help="Keeper's address, HOST:PORT.")]
+    Of = Annotated[str | None, typer.Option("--of", help="Keeper's address, HOST:PORT.")]
+    Partner = Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="Metas file of another keeper of the same source; repeatable."),
+    ]
+    Token = Annotated[
+        str | None,
+        typer.Option(
+            help="Keeper's token, or @FILE that has it, which keeps it out of the process list.",
+            envvar=TOKEN_VARIABLE,
+        ),
+    ]
+    Metas = Annotated[Path | None, typer.Option("--load-metas", help="File that `hold --save-metas` wrote.")]
+
+
+def invitation_of(address: str | None, token: str | None, metas: Path | None) -> Invitation:
+    """Return the keeper that the options name.
+
+    Raises:
+        ConfigError: They name none, or two, or are malformed.
+    """
+    if metas is not None:
+        if address or token:
+            raise ConfigError("give either a metas file, or address and token", name="--load-metas")
+        return Invitation.load(metas)
+    if not address or not token:
+        message = f"a keeper is reached with its address and its token (option or {TOKEN_VARIABLE}), or a metas file"
+        raise ConfigError(message, name="--from")
+    if token.startswith("@"):
+        try:
+            token = Path(token[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--token {token}: the file cannot be read: {error}", name="--token") from error
+    return Invitation.of(address, token)

@@ -1,0 +1,33 @@
+"""A socket folder of each test's own, and checkpoints that all tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # for `p2p_world`
+
+pytest.importorskip("transformers", reason="the embedded engine needs the extra headrace[engine]")
+
+from headrace.testing.tiny_model import TinySize, make_tiny_qwen3
+
+
+@pytest.fixture(autouse=True)
+def socket_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set the socket folder for this process and all that it starts."""
+    folder = Path(tmp_path_factory.mktemp("s", numbered=True))
+    folder.chmod(0o700)
+    monkeypatch.setenv("HEADRACE_SOCKET_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two checkpoints of equal shapes, about 40 MB each."""
+    root = tmp_path_factory.mktemp("models")
+    size = TinySize(num_layers=6, hidden=512, intermediate=1024, num_heads=8, num_kv_heads=4, head_dim=32)
+    return [make_tiny_qwen3(root / f"seed-{seed}", seed, size=size) for seed in (1, 2)]

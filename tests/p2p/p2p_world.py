@@ -1,0 +1,122 @@
+"""Keepers and joiners as real processes, and bare engines' weights known to the byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from headrace import wire
+from headrace.errors import ConnectError
+from headrace.server.invitation import Invitation
+from headrace.server.membership import Membership
+
+START_S = 60.0
+
+
+class Command:
+    """One `headrace` command as a process. Use as a context: it is ended afterwards."""
+
+    def __init__(
+        self, *arguments: str | Path, prefix: Sequence[str] = (), environment: dict[str, str] | None = None
+    ) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "headrace", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {}),
+        )
+
+    def end(self, timeout_s: float = START_S) -> tuple[int, str, str]:
+        """Wait for its end; return its code and what it printed."""
+        out, err = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, err
+
+    def close(self) -> None:
+        """Ask it to end, then make it; idempotent."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class HoldProcess(Command):
+    """`headrace hold`, holding when constructed.
+
+    Attributes:
+        metas: Its metas file.
+        invitation: How to join.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        metas: Path,
+        *options: str | Path,
+        prefix: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            "hold", "--checkpoint", checkpoint, "--save-metas", metas, *options, prefix=prefix, environment=environment
+        )
+        self.metas = metas
+        limit = time.monotonic() + START_S
+        while not (metas.exists() and metas.read_text().endswith("}\n")):
+            if self.process.poll() is not None or time.monotonic() > limit:
+                _, _, err = self.end(1.0)
+                text = f"hold did not come up: {err}"
+                raise ConnectError(text)
+            time.sleep(0.05)
+        self.invitation = Invitation.load(metas)
+        self.holders: list[str] = json.loads(metas.read_text())["holders"]
+
+    def standing(self) -> wire.Standing:
+        """Return what `status` shows."""
+        with Membership(self.invitation, "test") as member:
+            return member.standing()
+
+    def stop(self) -> None:
+        """Let it hang."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self.process.kill()
+        self.process.wait(10)
+
+
+def join_arguments(target: str, metas: Path, *options: str) -> list[str]:
+    """Return the arguments of a `headrace join`."""
+    return ["join", "--to", target, "--load-metas", str(metas), "--json", *options]
+
+
+def run_join(target: str, metas: Path, *options: str, timeout_s: float = START_S) -> dict[str, Any]:
+    """Join and return the report."""
+    with Command(*join_arguments(target, metas, *options)) as join:
+        code, out, err = join.end(timeout_s)
+    assert code == 0, err
+    report: dict[str, Any] = json.loads(out)
+    return report
