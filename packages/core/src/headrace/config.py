@@ -98,6 +98,7 @@ class HostSettings:
         bind_host: Address that control and data sockets listen on.
         bind_port: Port of the first control socket that is made with these settings; 0 takes any.
         advertise_host: Address that peers are told to dial.
+        mooncake: Whether holders serve their segments through Mooncake as well, which authenticates nobody.
         recipe_cache: Folder that keeps proven recipes over restarts of an engine; None keeps them in memory.
     """
 
@@ -105,9 +106,9 @@ class HostSettings:
     permitted_uids: frozenset[int]
     bind_host: str = "127.0.0.1"
     advertise_host: str = "127.0.0.1"
-    recipe_cache: Path | None = None
     bind_port: int = 0
     mooncake: bool = False
+    recipe_cache: Path | None = None
 
 
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:

@@ -46,6 +46,7 @@ class HolderPool:
 
     Attributes:
         peers: The live holders' conversations, by index.
+        published: What they hold of the version that was published last, by index.
         newest: No version up to this one can be published by them any more; None where they have made none.
     """
 
@@ -61,6 +62,7 @@ class HolderPool:
         self._tickets: list[HolderTicket] = []
         self.peers: list[Peer] = []
         self.newest: int | None = None
+        self.published: list[Manifest] = []
         self._known: dict[str, Manifest] = {}
 
     def ensure(self, count: int) -> None:
@@ -70,7 +72,6 @@ class HolderPool:
             PeerLostError: A holder's process ended before it was up.
             TransferTimeoutError: A holder did not come up.
         """
-        published: What they hold of the version that was published last, by index.
         count = self._launch.world_size if self._launch else count
         if len(self.peers) >= count and not any(peer.lost for peer in self.peers):
             return
@@ -86,7 +87,6 @@ class HolderPool:
         tokens = {ticket.token for ticket in tickets}
         found = self._switchboard.arrivals(
             count,
-        self.published: list[Manifest] = []
             lambda p: isinstance(p.hello, wire.HolderHello) and p.hello.token in tokens,
             STARTUP_S,
             "holders",
@@ -123,7 +123,8 @@ class HolderPool:
         order = wire.Publish(version=version, known_layouts=tuple(self._known))
         answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
         self.newest = version
-        return [self._manifest(answers[peer.key], version) for peer in self.peers]
+        self.published = [self._manifest(answers[peer.key], version) for peer in self.peers]
+        return self.published
 
     def _manifest(self, answer: wire.Published, version: int) -> Manifest:
         """Return what a holder published; equal layouts share their tables, so that plans are found again."""
@@ -132,15 +133,6 @@ class HolderPool:
             raise RemoteProtocolError("a holder named a layout that it never sent", phase="read")
         self._known[answer.layout] = known
         while len(self._known) > KEPT_LAYOUTS * len(self.peers):
-        self._watch_progress(progress)
-        order = wire.Publish(version=version, known_layouts=tuple(self._known))
-        answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
-        self.newest = version
-        self.published = [self._manifest(answers[peer.key], version) for peer in self.peers]
-        return self.published
-
-    def _watch_progress(self, progress: ProgressCallback | None) -> None:
-        """Add up what the holders say of how far they are with reading."""
             del self._known[next(iter(self._known))]
         return known.of_version(version)
 
