@@ -285,20 +285,6 @@ class Shutdown(Message, frozen=True):
     """The holder's work is over; it leaves."""
 
 
-AnyMessage = (
-    Heartbeat
-    | Failed
-    | ReceiverHello
-    | HolderHello
-    | NeedMetas
-    | Described
-    | Staged
-    | Prepared
-    | Committed
-    | Finished
-    | Aborted
-    | Progress
-    | Published
 # ---- between a keeper and its members
 
 
@@ -376,11 +362,11 @@ class Pin(Message, frozen=True):
     pinned: bool
 
 
-    | Digests
-    | RingReady
-    | BroadcastDone
-    | Refused
-    | Describe
+AnyMessage = (
+    Heartbeat
+    | Failed
+    | ReceiverHello
+    | HolderHello
     | MemberHello
     | AskOffer
     | Offer
@@ -390,6 +376,20 @@ class Pin(Message, frozen=True):
     | AskStanding
     | Standing
     | Pin
+    | NeedMetas
+    | Described
+    | Staged
+    | Prepared
+    | Committed
+    | Finished
+    | Aborted
+    | Progress
+    | Published
+    | Digests
+    | RingReady
+    | BroadcastDone
+    | Refused
+    | Describe
     | Stage
     | Prepare
     | Commit
