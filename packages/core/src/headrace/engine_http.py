@@ -6,7 +6,7 @@ import ssl
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import msgspec
@@ -27,7 +27,12 @@ class HttpEngine:
     """The engine-neutral half of an EngineControl over HTTP. Proxies of the environment are not used.
 
     Subclasses add the engine's own routes; `_request` is how.
+
+    Attributes:
+        health: Route that answers with success where the engine is ready, paused or not.
     """
+
+    health: ClassVar[str] = "/health"
 
     def __init__(
         self, url: str, headers: Mapping[str, str] | None = None, verify: ssl.SSLContext | bool = True
@@ -50,7 +55,7 @@ class HttpEngine:
         return self._url
 
     def wait_ready(self, deadline_s: float) -> None:
-        """Poll `/health` until the engine is ready.
+        """Poll until the engine is ready.
 
         Raises:
             ConnectError: Not within the deadline, or the engine says that it has failed.
@@ -62,7 +67,7 @@ class HttpEngine:
                 return
             if failed or time.monotonic() + _POLL_S >= end:
                 message = (
-                    f"{self._url} is not ready: GET /health for {deadline_s:g} s, last answer: {last}; "
+                    f"{self._url} is not ready: GET {self.health} for {deadline_s:g} s, last answer: {last}; "
                     "check the address, headers and certificates, and the engine's log"
                 )
                 raise ConnectError(message, name=self._url, retryable=not failed)
@@ -75,7 +80,7 @@ class HttpEngine:
     def _health(self, timeout_s: float) -> tuple[bool, str]:
         """Return whether the engine has failed for good, and what it answered; nothing where it is ready."""
         try:
-            response = self._client.get("/health", timeout=timeout_s)
+            response = self._client.get(self.health, timeout=timeout_s)
         except httpx.InvalidURL as error:
             return True, str(error)
         except httpx.HTTPError as error:

@@ -1,0 +1,93 @@
+"""Calls into an engine of this process, which has no deadlines of its own; and versions as engines spell them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, TypeVar
+
+from headrace.errors import ConfigError, HeadraceError, RemoteProtocolError, TransferTimeoutError
+
+T = TypeVar("T")
+
+
+def call_within(address: str, deadline_s: float, call: Callable[[], T]) -> T:
+    """Run a blocking call in a thread and return what it returns.
+
+    Raises:
+        TransferTimeoutError: It did not return within the deadline; it goes on in its thread.
+        HeadraceError: What it raised; errors of the engine become `RemoteProtocolError`.
+    """
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(call())
+        except Exception as error:  # noqa: BLE001 - carried to the caller's thread
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="headrace-engine-call", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if failed:
+        raise _refused(address, failed[0]) from failed[0]
+    if not done:
+        raise _late(address, deadline_s)
+    return done[0]
+
+
+def await_within(
+    address: str, deadline_s: float, call: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
+) -> T:
+    """Run a coroutine of the engine in its own event loop, from a thread that is not the loop's.
+
+    A loop that stands still between the engine's calls is run by the calling thread.
+
+    Raises:
+        TransferTimeoutError: It did not end within the deadline, and was cancelled.
+        HeadraceError: What it raised; errors of the engine become `RemoteProtocolError`.
+    """
+    try:
+        if loop.is_running():
+            future = asyncio.run_coroutine_threadsafe(call, loop)
+            try:
+                return future.result(deadline_s)
+            finally:
+                future.cancel()
+        return loop.run_until_complete(asyncio.wait_for(call, deadline_s))
+    except (FutureTimeoutError, TimeoutError) as error:
+        raise _late(address, deadline_s) from error
+    except Exception as error:
+        raise _refused(address, error) from error
+
+
+def running_loop(engine: str) -> asyncio.AbstractEventLoop:
+    """Return the event loop that this code runs in.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        message = f"attach {engine} inside its event loop, or give the loop"
+        raise ConfigError(message, name="loop") from None
+
+
+def version_number(version: object) -> int | None:
+    """Return a version that an update set, or None for what an engine says before the first."""
+    return int(version) if isinstance(version, str) and version.isdecimal() else None
+
+
+def _late(address: str, deadline_s: float) -> TransferTimeoutError:
+    message = f"{address} did not answer within {deadline_s:g} s; is its event loop running?"
+    return TransferTimeoutError(message, name=address, retryable=True)
+
+
+def _refused(address: str, error: Exception) -> HeadraceError:
+    if isinstance(error, HeadraceError):
+        return error
+    return RemoteProtocolError(f"{address}: {type(error).__name__}: {error}", name=address)

@@ -1,0 +1,28 @@
+"""Receivers of the models in this process: one per model, made when its first ticket arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from headrace.protocols import InferenceBackend
+from headrace.receiver import Receiver
+
+_receivers: WeakKeyDictionary[nn.Module, Receiver] = WeakKeyDictionary()
+
+
+def receiver_of(model: nn.Module, make_backend: Callable[[], InferenceBackend]) -> Receiver:
+    """Return the receiver of a worker's model, made with a backend where there is none yet; starts nothing."""
+    receiver = _receivers.get(model)
+    if receiver is None:
+        receiver = _receivers[model] = Receiver(make_backend())
+    return receiver
+
+
+def leave(model: nn.Module) -> None:
+    """End a model's receiver, if it has one; a running update fails."""
+    receiver = _receivers.pop(model, None)
+    if receiver is not None:
+        receiver.close()

@@ -1,0 +1,155 @@
+"""SglangBackend: the InferenceBackend of one SGLang scheduler."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import sglang
+import torch
+from torch import nn
+
+from headrace.adapter.backend import ModelBackend, device_uuid
+from headrace.adapter.modules import layouts, parameters
+from headrace.adapter.watch import kernels_digest, twin_of
+from headrace.errors import ApplyError, BackendUnavailableError
+from headrace.protocols import WorkerIdentity
+from headrace.types import WorkerId
+
+PAUSE_S = 20.0
+_POLL_S = 0.0005
+
+
+class SglangBackend(ModelBackend):
+    """One scheduler's model as the receiver sees it. Made once per scheduler, after its weights are loaded.
+
+    Args:
+        scheduler: The scheduler.
+        runner: Its ModelRunner.
+        instance: SGLang's id of the engine.
+
+    Raises:
+        BackendUnavailableError: The model was built before the plug-in was loaded.
+    """
+
+    def __init__(self, scheduler: Any, runner: Any, instance: str) -> None:  # noqa: ANN401
+        twin = twin_of(runner.model)
+        if twin is None:
+            message = (
+                "this model was built without Headrace's plug-in; install headrace-sglang beside SGLang, and do not "
+                "leave `headrace` out of SGLANG_PLUGINS"
+            )
+            raise BackendUnavailableError(message, name="sglang")
+        device = next(runner.model.parameters()).device
+        super().__init__(runner.model, twin, device, _identity(scheduler, runner, instance, device))
+        self._scheduler = scheduler
+        self._runner = runner
+
+    def loaded_from(self) -> str | None:
+        """Return the folder that SGLang read its weights from, or None where it made them up."""
+        load_format = self._runner.load_config.load_format
+        made_up = getattr(load_format, "value", load_format) == "dummy"
+        return None if made_up else str(self._runner.model_config.model_path)
+
+    def restore(self, module: nn.Module) -> None:
+        """Have SGLang restore the loader's layout where it can; else make parameters as they were constructed."""
+        layer: Any = module
+        if hasattr(layer.quant_method, "restore_weights_before_loading"):
+            layer.quant_method.restore_weights_before_loading(module)
+        twin = self._twin_of(module)
+        if layouts(module) != layouts(twin):
+            for name, made in twin._parameters.items():
+                module._parameters[name] = None if made is None else _materialized(made, self._device)
+
+    def derived(self) -> Mapping[str, Sequence[str]]:
+        """Return what SGLang computes from weights after loading: packed copies, absorbed projections of attention."""
+        return {**super().derived(), **self._absorbed()}
+
+    def rederive(self, names: Sequence[str]) -> bool:
+        """Compute them again with SGLang's own post-processing."""
+        super().rederive(names)
+        if names and hasattr(self._model, "post_load_weights"):
+            model: Any = self._model
+            model.post_load_weights()
+        return True
+
+    @contextmanager
+    def commit_scope(self) -> Iterator[None]:
+        """Order writes against forward steps: this scheduler has paused, and its device is idle on both ends.
+
+        Raises:
+            ApplyError: The scheduler did not pause; nothing was written.
+        """
+        self._wait_paused()
+        with super().commit_scope():
+            yield
+        _forget_embeddings()
+
+    def _wait_paused(self) -> None:
+        """Wait for this rank's own pause: SGLang's front answers before its schedulers have read the order."""
+        limit = time.monotonic() + PAUSE_S
+        while not self._scheduler._engine_paused:
+            if time.monotonic() > limit:
+                message = f"SGLang's scheduler did not pause within {PAUSE_S:g} s"
+                raise ApplyError(message, name="sglang", phase="commit", retryable=True)
+            time.sleep(_POLL_S)
+
+    def _absorbed(self) -> dict[str, list[str]]:
+        """Return tensors that the model itself computes after loading, and all that may feed them."""
+        if not hasattr(self._model, "post_load_weights"):
+            return {}
+        names = {id(tensor): name for name, tensor in parameters(self._model).items()}
+        twins = dict(self._twin.named_modules())
+        found: dict[str, list[str]] = {}
+        for path, module in self._model.named_modules():
+            made = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+            had = vars(twins[path]) if path in twins else {}
+            feeding = [names[id(p)] for p in module.parameters() if id(p) in names]
+            new = [key for key in made if not isinstance(had.get(key), torch.Tensor)]
+            found |= dict.fromkeys((f"{path}.{key}" for key in new if feeding), feeding)
+        return found
+
+    def _twin_of(self, module: nn.Module) -> nn.Module:
+        path = next(path for path, own in self._model.named_modules() if own is module)
+        return self._twin.get_submodule(path)
+
+
+def _materialized(twin: torch.Tensor, device: torch.device) -> Any:  # noqa: ANN401 - a parameter of the twin's class
+    """Return an empty parameter on the device with the twin's class, layout and loader."""
+    empty = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device=device)
+    made = torch.Tensor._make_subclass(type(twin), empty, twin.requires_grad)
+    made.__dict__.update(twin.__dict__)
+    return made
+
+
+def _forget_embeddings() -> None:
+    """Drop what the old weights made of images: SGLang keeps it under the image's name alone."""
+    from sglang.srt.managers import mm_schedule  # noqa: PLC0415
+
+    cache = mm_schedule.embedding_cache
+    if cache is not None:
+        mm_schedule.init_mm_embedding_cache(cache.max_size)
+
+
+def _identity(scheduler: Any, runner: Any, instance: str, device: torch.device) -> WorkerIdentity:  # noqa: ANN401
+    from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
+
+    parallel, config, arguments = get_parallel(), runner.model_config, scheduler.server_args
+    replicas = 1 if parallel.attn_dp_enabled else parallel.num_dp_ranks
+    replica = 0 if parallel.attn_dp_enabled else parallel.dp_rank or 0
+    rank = replica * parallel.tp_size + parallel.tp_rank
+    digest = hashlib.sha256(
+        f"{config.hf_config.to_json_string(use_diff=False)}{config.quantization} {arguments.kv_cache_dtype}".encode()
+    ).hexdigest()[:16]
+    layout = (
+        f"sglang {sglang.__version__} headrace-sglang {version('headrace-sglang')} {type(runner.model).__name__} "
+        f"{digest} {config.dtype} tp {parallel.tp_size} ep {arguments.ep_size} dp {parallel.num_dp_ranks} "
+        f"attention dp {parallel.attn_dp_enabled} rank {parallel.tp_rank} kernels {kernels_digest(runner.model)}"
+    )
+    worker = WorkerId(f"{socket.gethostname()}-{instance}", rank)
+    return WorkerIdentity(worker, replicas * parallel.tp_size, str(device), device_uuid(device), layout)

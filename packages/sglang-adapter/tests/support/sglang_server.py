@@ -1,0 +1,151 @@
+"""A real SGLang server in processes of its own, and what is asked of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from headrace.testing.engine_process import free_port
+
+START_S = 170.0
+SUPPORT = Path(__file__).parent
+QUIET = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "SGL_STUB_TRITON": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+SMALL = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "mem_fraction_static": 0.2,
+    "max_total_tokens": 4096,
+    "dtype": "float32",
+    "sleep_on_idle": True,
+}
+
+
+def environment(num_workers: int = 1) -> dict[str, str]:
+    """Return the variables that SGLang needs on this machine; workers are bound to cores in turn."""
+    cores = sorted(os.sched_getaffinity(0))
+    bound = "|".join(str(cores[i % len(cores)]) for i in range(num_workers))
+    path = os.pathsep.join(filter(None, (str(SUPPORT / "cpu"), str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    tied = {"SGLANG_CPU_OMP_THREADS_BIND": bound} if num_workers > 1 else {}
+    return os.environ | QUIET | tied | {"PYTHONPATH": path}
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Return options of an `Engine` as flags of a server."""
+    found = []
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        found += [flag] if value is True else [flag, str(value)]
+    return found
+
+
+class SglangServer:
+    """One server; ready when constructed. Use as a context.
+
+    Args:
+        model: Folder of the model.
+        options: Further flags of the server.
+        log: File that its output goes to.
+        workers: How many schedulers the flags ask for.
+        port: Port to listen on; None takes a free one.
+        variables: Further variables of its environment.
+        key: API key that it asks for.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *options: str,
+        log: Path,
+        workers: int = 1,
+        port: int | None = None,
+        variables: Mapping[str, str] | None = None,
+        key: str = "",
+    ) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.target = f"sglang={self.url}"
+        self.log = log
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *flags(SMALL), *options]
+        command += ["--api-key", key] if key else []
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment(workers) | dict(variables or {}),
+                start_new_session=True,
+            )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False, headers=headers)
+        self._wait_ready()
+
+    def generate(self, prompt: list[int], max_tokens: int, **sampling: Any) -> dict[str, Any]:
+        """Return one greedy answer: `tokens`, `logprobs`, and the version of every token."""
+        chosen = {"temperature": 0.0, "max_new_tokens": max_tokens, "ignore_eos": True} | sampling
+        body = {"input_ids": prompt, "sampling_params": chosen, "return_logprob": True}
+        answer = self.client.post("/generate", json=body)
+        answer.raise_for_status()
+        return answer_of(answer.json())
+
+    def version(self) -> str:
+        """Return SGLang's own weight version."""
+        return str(self.client.get("/model_info").json()["weight_version"])
+
+    def kill(self) -> None:
+        """SIGKILL all its processes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def close(self) -> None:
+        """End it; idempotent."""
+        self.client.close()
+        self.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait_ready(self) -> None:
+        limit = time.monotonic() + START_S
+        while time.monotonic() < limit and self.process.poll() is None:
+            try:
+                if self.client.get("/health").is_success:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        self.close()
+        message = f"SGLang did not start; the end of its log:\n{self.log.read_text(errors='replace')[-4000:]}"
+        raise RuntimeError(message)
+
+
+def answer_of(out: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tokens`, `logprobs` and `versions` of one answer of SGLang."""
+    meta, tokens = out["meta_info"], out["output_ids"]
+    versions: list[str] = [""] * len(tokens)
+    for span in meta["weight_versions"]:
+        versions[span["start"] : span["end"]] = [span["version"]] * (span["end"] - span["start"])
+    logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+    return {"tokens": tokens, "logprobs": logprobs, "versions": versions}
