@@ -113,6 +113,13 @@ class Broadcast:
             num_bytes=self.num_bytes,
         )
 
+    def without_slots(self) -> Broadcast:
+        """Return it for digests alone: no `body` can be made of it, and its tables are half as large."""
+        none = np.zeros(0, np.int64)  # by index, since a slice would keep all of a column
+        slots = self.slots.take(none)
+        index = _indexed(slots, len(self.slot_index.overlapping))
+        return replace(self, slots=slots, slot_index=index, dtype=self.dtype[none], bucket=self.bucket[none])
+
     def digests(self, needed: Needed, segment_start: I64) -> dict[int, DigestTable]:
         """Return, per holder position, what it sums up for one receiver."""
         pairs = join(needed.table, self.index)

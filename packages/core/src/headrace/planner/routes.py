@@ -211,12 +211,13 @@ class Router:
         shared = Broadcast.of(list(needs.values()), self._holdings(view), self._settings.bucket_bytes, room)
         self._memo.pop(("holdings", view.key), None)  # as large as all manifests, and not needed again
         salt = ",".join(sorted(needs))
+        bodies = {recipe: shared.body(needed) for recipe, needed in needs.items()}
+        shared = shared.without_slots()  # as large as all manifests too
         planned = []
         for receiver in receivers:
             recipe = receiver.recipe.key
-            body = self._once(("broadcast", recipe), partial(shared.body, needs[recipe]))
             make = partial(shared.digests, needs[recipe], view.segment_start)
-            transfer = bind(receiver, view, body, Way("broadcast", COLLECTIVE, why), salt)
+            transfer = bind(receiver, view, bodies[recipe], Way("broadcast", COLLECTIVE, why), salt)
             planned.append((transfer, self._digests(("broadcast", recipe), view, make)))
         return bind_broadcast(shared, view), planned
 
