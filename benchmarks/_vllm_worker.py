@@ -1,6 +1,6 @@
 """Runs in every vLLM worker of the benchmark: vLLM's own ways to load, timed there, and the memory-copy ceiling.
 
-Named as vLLM's worker extension; importing it keeps live weights in the loader's layout, as on CUDA.
+Named as vLLM's worker extension; importing it keeps live weights of CPU engines in the loader's layout, as on CUDA.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nopack  # noqa: F401 - changes vLLM when it is imported; the benchmark puts it on the path
 import torch
 from safetensors import safe_open
+
+if not torch.cuda.is_available():
+    import nopack  # noqa: F401 - changes vLLM when it is imported; the benchmark puts it on the path
 
 
 class BenchExtension:
@@ -54,14 +56,26 @@ class BenchExtension:
 
 
 def _timed(call: Callable[[], object]) -> float:
+    _synchronize()
     begin = time.perf_counter()
     call()
+    _synchronize()
     return time.perf_counter() - begin
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in memory that is as fast as any for the engine's device."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor.clone()
 
 
 def _read(folder: str) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+            found |= {name: _own(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
     return found
