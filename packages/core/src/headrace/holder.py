@@ -33,12 +33,13 @@ from headrace.errors import (
 )
 from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline, RingSignals, signal_bytes
-from headrace.protocols import WeightSource
+from headrace.protocols import SteppedSource, WeightSource
 from headrace.segments.cuda import CudaSegment
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.device import DeviceSource, LentStore
+from headrace.store.live import LiveStore
 from headrace.store.store import Store
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Recorder
@@ -88,9 +89,11 @@ class Holder:
         self._owns_source = owns_source
         self._recorder = Recorder(f"holder {ticket.index}")
         self._lender = Lender(host)
-        self._store: Store | LentStore
+        self._store: Store | LentStore | LiveStore
         if isinstance(source, DeviceSource):
             self._store = LentStore(source, self.name)
+        elif isinstance(source, SteppedSource):
+            self._store = LiveStore(source, self.name, lender=self._lender)
         else:
             self._store = Store(source, self.name, lender=self._lender)
         self._secret = token_bytes(32)
@@ -141,12 +144,12 @@ class Holder:
     def _take(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.CancelBroadcast):
             self._cancel.set()
-        elif isinstance(message, wire.Settle):
-            self._cancel.set()
-            self._work.submit(self._answer, "settle", self._settle, message)
         elif isinstance(message, wire.Pin):
             if isinstance(self._store, Store):
                 self._store.pin(message.version, message.pinned)
+        elif isinstance(message, wire.Settle):
+            self._cancel.set()
+            self._work.submit(self._answer, "settle", self._settle, message)
         elif isinstance(message, wire.Broadcast):
             self._cancel.clear()
             self._broadcasts.submit(self._answer, "broadcast", self._broadcast, message)
@@ -167,6 +170,8 @@ class Holder:
         match message:
             case wire.Publish():
                 return self._publish(message)
+            case wire.Fill():
+                return self._fill(message)
             case wire.SumDigests():
                 return self._sum_digests(message)
             case wire.JoinRing():
@@ -184,7 +189,8 @@ class Holder:
         self._broadcasts.submit(int).result(SETTLE_S)
         return wire.Settled(nonce=message.nonce)
 
-    def _publish(self, message: wire.Publish) -> wire.Published:
+    def _teller(self) -> Callable[[int, int], None]:
+        """Return what tells the coordinator, now and then, how many bytes are done of how many."""
         told = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -193,8 +199,18 @@ class Holder:
                 told = time.monotonic()
                 self._dialer.send(wire.Progress(done_bytes=done, total_bytes=total))
 
+        return progress
+
+    def _fill(self, message: wire.Fill) -> wire.Filled:
+        if not isinstance(self._store, LiveStore):
+            raise LocalProtocolError(f"{self.name} holds no trainer's steps", phase="read")
         with self._recorder.span("read"):
-            self._store.publish(message.version, progress)
+            self._store.fill(message.version, message.step, message.rows.tolist(), self._teller())
+        return wire.Filled(spans=tuple(self._recorder.drain()))
+
+    def _publish(self, message: wire.Publish) -> wire.Published:
+        with self._recorder.span("read"):
+            self._store.publish(message.version, self._teller())
         manifest = self._store.manifest(message.version, self.address)
         self._serve_held()
         layout = manifest.place_key

@@ -248,6 +248,28 @@ class WeightSource(Protocol):
 
 
 @runtime_checkable
+class SteppedSource(WeightSource, Protocol):
+    """A source whose weights change while it is held: one rank of a trainer. Every rank counts the same steps.
+
+    Call order, per update: 1. `metadata`, `regions`. 2. `offer` on the rank that leads, again while a rank has missed
+    that step. 3. `at` on every rank; inside it `read`, of the regions that the plan uses.
+    """
+
+    def offer(self, attempt: int) -> int:
+        """Return the step to take next; a later one, with more room before it, the more attempts have failed."""
+        ...
+
+    def at(self, step: int, deadline_s: float) -> AbstractContextManager[None]:
+        """Return a context in which the weights are those of `step`: it waits for them, training waits for its end.
+
+        Raises:
+            StepMissedError: That step is past, will not come, or was overwritten while the context was open.
+            TransferTimeoutError: It did not come within the deadline.
+        """
+        ...
+
+
+@runtime_checkable
 class Transport(Protocol):
     """A way to read a holder's segments. Lives in the process that receives.
 

@@ -8,24 +8,35 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
 
 from headrace import wire
 from headrace.config import Deadlines, HostSettings
 from headrace.control.keys import new_token
-from headrace.errors import HeadraceError, PeerLostError, RemoteProtocolError
+from headrace.errors import (
+    HeadraceError,
+    LocalProtocolError,
+    PeerLostError,
+    RemoteProtocolError,
+    StepMissedError,
+    UpdateFailedError,
+)
 from headrace.holder import Holder, HolderTicket
 from headrace.manifest import Manifest
-from headrace.protocols import WeightSource
+from headrace.protocols import SteppedSource, WeightSource
 from headrace.segments.folders import sweep
 from headrace.server.switchboard import Peer, Switchboard, ask_all
-from headrace.server.torchrun import Launch, hand_out
 from headrace.store.checkpoint import CheckpointSource
+from headrace.types import I64
 
 logger = logging.getLogger(__name__)
 STARTUP_S = 60.0
 KEPT_LAYOUTS = 2
+STEP_ATTEMPTS = 8
 ProgressCallback = Callable[[str, int, int], None]
 
 
@@ -37,12 +48,25 @@ class SourceSpec:
     source: WeightSource | None = None
 
 
+class Crew(Protocol):
+    """The processes that hold, one holder each, where others have started them; this process is their rank 0."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, this one included."""
+        ...
+
+    def hand_out(self, tickets: Sequence[HolderTicket]) -> None:
+        """Give every other rank its ticket, by `index`; may be called again, for holders that were lost."""
+        ...
+
+
 class HolderPool:
     """Starts holders, tells them what to publish, and ends them. Used by one thread.
 
     With a checkpoint, every holder is a process that reads its part. With a source in this process, holder 0 is a
-    thread here and holds everything; further holders are processes that only pass broadcasts on. Under torchrun the
-    holders are its ranks, this process included.
+    thread here and holds everything; further holders are processes that only pass broadcasts on. With a crew (ranks of
+    torchrun or of a trainer) its processes are the holders, this one included.
 
     Attributes:
         peers: The live holders' conversations, by index.
@@ -51,10 +75,10 @@ class HolderPool:
     """
 
     def __init__(
-        self, spec: SourceSpec, switchboard: Switchboard, host: HostSettings, launch: Launch | None = None
+        self, spec: SourceSpec, switchboard: Switchboard, host: HostSettings, crew: Crew | None = None
     ) -> None:
         self._spec = spec
-        self._launch = launch
+        self._crew = crew
         self._switchboard = switchboard
         self._host = host
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -72,13 +96,13 @@ class HolderPool:
             PeerLostError: A holder's process ended before it was up.
             TransferTimeoutError: A holder did not come up.
         """
-        count = self._launch.world_size if self._launch else count
+        count = self._crew.world_size if self._crew else count
         if len(self.peers) >= count and not any(peer.lost for peer in self.peers):
             return
         self.stop()
         tickets = [self._ticket(index) for index in range(count)]
-        if self._launch is not None:
-            hand_out(self._launch, tickets[1:])
+        if self._crew is not None:
+            self._crew.hand_out(tickets[1:])
             tickets_here = tickets[:1]
         else:
             tickets_here = tickets
@@ -108,6 +132,15 @@ class HolderPool:
         Raises:
             UpdateFailedError: A holder could not; earlier versions are untouched.
         """
+        self._watch_progress(progress)
+        order = wire.Publish(version=version, known_layouts=tuple(self._known))
+        answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
+        self.newest = version
+        self.published = [self._manifest(answers[peer.key], version) for peer in self.peers]
+        return self.published
+
+    def _watch_progress(self, progress: ProgressCallback | None) -> None:
+        """Add up what the holders say of how far they are with reading."""
         done = dict.fromkeys((peer.key for peer in self.peers), (0, 0))
 
         def watch(peer: Peer) -> Callable[[wire.Progress], None]:
@@ -120,11 +153,43 @@ class HolderPool:
 
         for peer in self.peers:
             peer.on_progress = watch(peer)
-        order = wire.Publish(version=version, known_layouts=tuple(self._known))
-        answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
-        self.newest = version
-        self.published = [self._manifest(answers[peer.key], version) for peer in self.peers]
-        return self.published
+
+    @property
+    def is_stepped(self) -> bool:
+        """Whether versions are only placed by `publish`, and filled when it is known what of them is needed."""
+        return isinstance(self._spec.source, SteppedSource)
+
+    def fill(
+        self, version: int, rows: Sequence[I64], deadlines: Deadlines, progress: ProgressCallback | None = None
+    ) -> int:
+        """Have every holder copy these rows of its regions, all of one step of the trainer; returns that step.
+
+        Raises:
+            UpdateFailedError: A holder could not, or the ranks kept missing each other's steps.
+        """
+        source = self._spec.source
+        if not isinstance(source, SteppedSource):
+            raise LocalProtocolError("this source has no steps", phase="read")
+        rows_of = {peer.key: np.asarray(chosen) for peer, chosen in zip(self.peers, rows, strict=True)}
+        self._watch_progress(progress)
+        for attempt in range(STEP_ATTEMPTS):
+            step = source.offer(attempt)
+            try:
+                ask_all(
+                    self.peers,
+                    lambda peer, step=step: wire.Fill(version=version, step=step, rows=rows_of[peer.key]),  # type: ignore[misc]
+                    wire.Filled,
+                    deadlines.read_s,
+                    "read",
+                )
+            except UpdateFailedError as error:
+                missed = {failure.type_name for failure in error.failures.values()} == {StepMissedError.__name__}
+                if not missed or attempt == STEP_ATTEMPTS - 1:
+                    raise
+                logger.debug("step %d was missed: %s", step, error)
+            else:
+                break
+        return step
 
     def _manifest(self, answer: wire.Published, version: int) -> Manifest:
         """Return what a holder published; equal layouts share their tables, so that plans are found again."""
@@ -178,7 +243,7 @@ class HolderPool:
         if self._spec.source is not None and ticket.index == 0:
             self._start_here(Holder(self._spec.source, ticket, self._host, owns_source=False))
             return
-        if self._launch is not None and self._spec.checkpoint is not None:
+        if self._crew is not None and self._spec.checkpoint is not None:
             source = CheckpointSource(self._spec.checkpoint, parts=count, part=ticket.index)
             self._start_here(Holder(source, ticket, self._host))
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +47,12 @@ class Launch:
             message = f"torchrun's store at {address} cannot be reached: {error}"
             raise ConnectError(message, name=address) from error
 
+    def hand_out(self, tickets: Sequence[HolderTicket]) -> None:
+        """Give every rank its ticket; by rank 0."""
+        store = self.store()
+        for ticket in tickets:
+            store.set(f"headrace/ticket/{ticket.index}", json.dumps(asdict(ticket)))
+
 
 def launched_by_torchrun(environ: Mapping[str, str] | None = None) -> Launch | None:
     """Return how torchrun started this process, or None where it did not.
@@ -63,13 +69,6 @@ def launched_by_torchrun(environ: Mapping[str, str] | None = None) -> Launch | N
     except (KeyError, ValueError) as error:
         message = f"torchrun's variables {', '.join(_VARIABLES)} are incomplete: {error}"
         raise ConfigError(message) from None
-
-
-def hand_out(launch: Launch, tickets: list[HolderTicket]) -> None:
-    """Give every rank its ticket; by rank 0."""
-    store = launch.store()
-    for ticket in tickets:
-        store.set(f"headrace/ticket/{ticket.index}", json.dumps(asdict(ticket)))
 
 
 def hold_as_rank(launch: Launch, checkpoint: Path) -> None:

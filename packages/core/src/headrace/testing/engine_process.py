@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -117,14 +118,7 @@ class EngineProcess:
 
         For weights in the checkpoint's own names and dtype. Tensors that no rank has are differences too.
         """
-        whole = _read(checkpoint)
-        missing, found = set(whole), []
-        for rank in self.get("/headrace/fingerprints")["ranks"]:
-            for entry in rank["tensors"]:
-                missing.discard(entry["name"])
-                if _sum(whole[entry["name"]], entry["boxes"], entry["dim"]) != entry["sha256"]:
-                    found.append(f"{rank['rank']}: {entry['name']}")
-        return found + [f"nowhere: {name}" for name in sorted(missing)]
+        return differences(self.url, _read(checkpoint))
 
     def worker_pids(self) -> list[int]:
         """Return the workers' process ids, by rank."""
@@ -241,6 +235,21 @@ class Stream:
         for _ in choice["token_ids"]:
             self.arrivals_s.append(time.monotonic())
             self.versions.append(choice["weight_version"])
+
+
+def differences(url: str, whole: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the live tensors of the embedded engine at `url` that are not, bit for bit, as in `whole`: `rank: name`.
+
+    `whole` has the engine's own names and dtype; its tensors that no rank has are differences too.
+    """
+    answer = httpx.get(f"{url}/headrace/fingerprints", timeout=30, trust_env=False)
+    missing, found = set(whole), []
+    for rank in answer.raise_for_status().json()["ranks"]:
+        for entry in rank["tensors"]:
+            missing.discard(entry["name"])
+            if _sum(whole[entry["name"]], entry["boxes"], entry["dim"]) != entry["sha256"]:
+                found.append(f"{rank['rank']}: {entry['name']}")
+    return found + [f"nowhere: {name}" for name in sorted(missing)]
 
 
 def _read(checkpoint: Path) -> dict[str, torch.Tensor]:

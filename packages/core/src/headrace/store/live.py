@@ -1,0 +1,225 @@
+"""A trainer's weights in host memory: one version at a time, of which only what a plan uses is copied."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from headrace.config import Deadlines
+from headrace.errors import LocalProtocolError, TransferTimeoutError
+from headrace.manifest import HolderAddress, Manifest
+from headrace.protocols import SourceRegion, SteppedSource
+from headrace.segments import HostSegment, Lender
+from headrace.segments.pinning import PinnedRange
+from headrace.store.layout import SEGMENT_BYTES, Layout, Slot
+from headrace.store.store import Progress, PublishedVersion
+
+_MAX_THREADS = 4
+_TICK_S = 0.1
+
+
+class LiveStore:
+    """Places a version, then fills it with the weights of one step; has the calls of Store that a holder needs.
+
+    Its segments are the only copy, taken over by every version: nobody may read one when the next is filled, which is
+    so where updates follow one another. Memory that no plan uses is never touched.
+
+    Call order: 1. `publish`. 2. `fill`, again where it raised. 3. `manifest`, `tensors`. 4. `release` or 1. 5. `close`.
+
+    Args:
+        source: One rank of a trainer; the caller's to close.
+        holder_name: Unique name of this holder.
+        lender: Lends the segments to peers of the same host, if given.
+        segment_bytes: Most bytes per segment; a larger region gets a segment of its own.
+    """
+
+    def __init__(
+        self,
+        source: SteppedSource,
+        holder_name: str,
+        *,
+        lender: Lender | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        self._source = source
+        self._name = holder_name
+        self._lender = lender
+        self._segment_bytes = segment_bytes
+        self._layout: Layout | None = None
+        self._segments: tuple[HostSegment, ...] = ()
+        self._pinned: list[PinnedRange] = []
+        self._published: PublishedVersion | None = None
+        self._newest = -1
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The version that is placed, if any."""
+        return () if self._published is None else (self._published.version,)
+
+    def publish(
+        self,
+        version: int,
+        progress: Progress | None = None,  # noqa: ARG002 - as Store's
+        deadline_s: float = 0.0,  # noqa: ARG002
+    ) -> PublishedVersion:
+        """Say where everything of a version will lie; nothing is copied.
+
+        Raises:
+            LocalProtocolError: The version does not grow beyond those that were filled.
+            CapacityError: Not enough host memory.
+        """
+        if version <= self._newest:
+            message = f"version {version} does not grow; holder {self._name} has made {self._newest}"
+            raise LocalProtocolError(message, name=self._name, weight_version=version)
+        layout = self._place()
+        descriptors = tuple(segment.descriptor for segment in self._segments)
+        manifest = Manifest(HolderAddress(self._name), version, layout.params, descriptors, layout.region_table())
+        self._published = PublishedVersion(version, manifest, layout.num_bytes, 0.0)
+        return self._published
+
+    def _place(self) -> Layout:
+        params, regions = self._source.metadata(), tuple(self._source.regions())
+        known = self._layout
+        if known is not None and known.regions == regions and known.params == params:
+            return known
+        self._drop()
+        layout = Layout.of(params, regions, self._segment_bytes)
+        self._segments = tuple(HostSegment(size, f"headrace-{self._name}") for size in layout.segment_bytes)
+        if getattr(self._source, "on_gpu", False):
+            self._pinned = [PinnedRange(s.tensor.data_ptr(), s.tensor.nbytes) for s in self._segments]
+        for segment in self._segments:
+            if self._lender is not None:
+                self._lender.lend(segment)
+        self._layout = layout
+        return layout
+
+    def fill(
+        self,
+        version: int,
+        step: int,
+        rows: Sequence[int],
+        progress: Progress | None = None,
+        deadline_s: float = Deadlines().read_s,
+    ) -> None:
+        """Copy the weights of `step` into the placed version, while training waits only before it changes them.
+
+        Blocking, in a few threads.
+
+        Args:
+            version: As placed.
+            step: The trainer's step.
+            rows: Rows of the manifest's regions to copy; the others keep whatever bytes they have.
+            progress: Called from this thread with bytes copied and bytes in all.
+            deadline_s: Limit for waiting and copying.
+
+        Raises:
+            StepMissedError: This rank cannot give that step.
+            TransferTimeoutError: Copying took too long.
+            LocalProtocolError: The version is not placed.
+        """
+        self._find(version)
+        if self._layout is None:
+            raise LocalProtocolError(f"holder {self._name} has no layout", name=self._name)
+        begin, slots = time.monotonic(), self._layout.slots
+        chosen = replace(self._layout, slots=tuple(slots[row] for row in rows))
+        with self._source.at(step, deadline_s), ExitStack() as stack:
+            pool = stack.enter_context(_Readers())
+            pool.run(chosen, self._read, progress or _quiet, begin + deadline_s)
+        self._newest = version
+
+    def _read(self, slot: Slot) -> None:
+        if slot.num_bytes:
+            place = self._segments[slot.segment].tensor[slot.begin : slot.begin + slot.num_bytes]
+            self._source.read(SourceRegion(slot.region.name, slot.region.box), place.numpy().data)
+
+    def manifest(self, version: int, holder: HolderAddress) -> Manifest:
+        """Return the manifest of the version under the holder's address.
+
+        Raises:
+            LocalProtocolError: It is not placed.
+        """
+        return replace(self._find(version).manifest, holder=holder)
+
+    def segments(self, version: int) -> tuple[HostSegment, ...]:
+        """Return the segments, in the manifest's order; the store's to close."""
+        self._find(version)
+        return self._segments
+
+    def tensors(self, version: int) -> list[torch.Tensor]:
+        """Return the bytes of each segment."""
+        return [segment.tensor for segment in self.segments(version)]
+
+    def _find(self, version: int) -> PublishedVersion:
+        if self._published is None or self._published.version != version:
+            message = f"holder {self._name} does not hold version {version}"
+            raise LocalProtocolError(message, name=self._name, weight_version=version)
+        return self._published
+
+    def release(self, version: int) -> None:
+        """Forget a version that came to nothing, so that its number can be used again; idempotent."""
+        if self._published is not None and self._published.version == version:
+            self._published, self._newest = None, version - 1
+
+    def close(self) -> None:
+        """Give the memory back once no peer maps it; idempotent."""
+        self._published = None
+        self._drop()
+
+    def _drop(self) -> None:
+        for pinned in self._pinned:
+            pinned.close()
+        for segment in self._segments:
+            if self._lender is not None:
+                self._lender.withdraw(segment.descriptor.segment_id)
+            segment.close()
+        self._segments, self._pinned, self._layout = (), [], None
+
+
+def _quiet(_done_bytes: int, _total_bytes: int) -> None:
+    pass
+
+
+class _Readers:
+    """A few threads that copy slots; leaving the context waits for those at work, so that weights may change then."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._done_bytes = 0
+        count = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
+        self._pool = ThreadPoolExecutor(count, "headrace-read")
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, layout: Layout, read: Callable[[Slot], None], progress: Progress, end: float) -> None:
+        """Copy every slot of `layout`; on the first failure the others stop after the slot they are at."""
+        futures = [self._pool.submit(self._take, read, task) for task in layout.tasks(cut=True)]
+        while futures:
+            finished, left = wait(futures, timeout=_TICK_S, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+            futures = list(left)
+            progress(self._done_bytes, layout.num_bytes)
+            if futures and time.monotonic() > end:
+                message = f"copying stopped at {self._done_bytes} of {layout.num_bytes} bytes: the deadline has passed"
+                raise TransferTimeoutError(message, phase="read", retryable=True)
+
+    def _take(self, read: Callable[[Slot], None], task: Sequence[Slot]) -> None:
+        for slot in task:
+            if self._stop.is_set():
+                return
+            read(slot)
+            with self._lock:
+                self._done_bytes += slot.num_bytes

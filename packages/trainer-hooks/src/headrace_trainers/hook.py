@@ -1,0 +1,185 @@
+"""Hook: what stands between an optimizer and its next step, on every rank."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import time
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from headrace.errors import HeadraceError, UpdateFailedError
+from headrace_trainers.crew import JOIN_S, Crew, CrewHolder
+from headrace_trainers.fence import StepFence
+from headrace_trainers.publisher import Outcome, Publisher
+from headrace_trainers.settings import HookSettings, StepReport
+from headrace_trainers.shards import shards_of
+from headrace_trainers.source import ShardSource
+
+logger = logging.getLogger(__name__)
+_OUTCOME_POLL_S = 0.01
+_FAILED = "failed"
+
+
+class Hook:
+    """Publishes a model's weights to engines after its optimizer's steps. One on every rank, made at the same time.
+
+    Framework modules (`headrace_trainers.fsdp`, ...) make it and call, in the training thread: 1. `before_step` before
+    weights change. 2. `after_step` after. 3. `close`, which publishes what is not out yet. No call is a collective.
+
+    Args:
+        model: What is trained, wrapped as it is trained.
+        settings: Choices, the same on every rank.
+        step: Number of the step that the weights are of.
+
+    Raises:
+        ConfigError: A parameter cannot be published.
+    """
+
+    def __init__(self, model: nn.Module, settings: HookSettings, *, step: int = 0) -> None:
+        self.settings = settings
+        self.last_report: StepReport | None = None
+        self._fence = StepFence(step)
+        shards = shards_of(model, settings.rename)
+        self._source = ShardSource(shards, self._fence, dtype=settings.dtype, every=settings.every)
+        self._crew = Crew()
+        self._publisher = Publisher(self._source, self._crew, settings) if self._crew.rank == 0 else None
+        self._holder = CrewHolder(self._source, self._crew) if self._crew.rank else None
+        self._waited_s = self._told_s = 0.0
+        self._rounds = 0
+        self._shared: str | None = None
+        self._failures: dict[str, str] = {}
+        self._closed = False
+        atexit.register(self.close, publish=False)
+
+    @property
+    def step(self) -> int:
+        """The step that the weights are of."""
+        return self._fence.step
+
+    @property
+    def held_s(self) -> float:
+        """Seconds that this rank's training was held up so far."""
+        return self._fence.held_s + self._waited_s
+
+    def before_step(self) -> None:
+        """Wait until nobody reads the weights that are about to change."""
+        if not self._closed and self._fence.begin_write(self.settings.hold_s):
+            logger.warning("copying took longer than hold_s=%g; this version is dropped", self.settings.hold_s)
+
+    def after_step(self, *, applied: bool = True) -> None:
+        """Say that the step is over; publishes it where it is due.
+
+        Raises:
+            UpdateFailedError: With `on_error="raise"`: an update failed, this one (`wait`) or an earlier one.
+        """
+        if self._closed:
+            return
+        self._source.mark_written()
+        self._fence.end_write(applied=applied)
+        if applied and self._fence.step % self.settings.every == 0:
+            self._publish(wait=self.settings.mode == "wait")
+        self._deliver()
+        self._raise_if_told()
+
+    def flush(self) -> None:
+        """Have the engines serve the weights as they are now; every rank calls it, between two steps. Blocking.
+
+        Raises:
+            UpdateFailedError: With `on_error="raise"`: it failed.
+        """
+        self._fence.end()
+        self._publish(wait=True)
+        self._deliver()
+        self._raise_if_told()
+
+    def close(self, *, publish: bool = True) -> None:
+        """Publish what is not out yet and let go of everything; every rank calls it. Idempotent.
+
+        Args:
+            publish: Whether to `flush` first.
+
+        Raises:
+            UpdateFailedError: With `on_error="raise"`: the last update failed.
+        """
+        if self._closed:
+            return
+        try:
+            if publish:
+                self.flush()
+        finally:
+            self._closed = True
+            self._fence.end()
+            atexit.unregister(self.close)
+            if self._publisher is not None:
+                self._publisher.close()
+                self._crew.dismiss()
+                self._deliver()
+            if self._holder is not None:
+                self._holder.close(self.settings.deadline_s if publish else JOIN_S)
+            self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(publish=kind is None)
+
+    def _publish(self, *, wait: bool) -> None:
+        begin = time.monotonic()
+        self._rounds += 1
+        try:
+            if self._publisher is not None:
+                outcome = self._publisher.ask()
+                if wait:
+                    self._share(outcome)
+            elif wait:
+                said = self._crew.wait_heard(f"outcome/{self._rounds}", self.settings.deadline_s, _OUTCOME_POLL_S)
+                self._failures = {"": "rank 0 said nothing about the update"} if said is None else json.loads(said)
+        except (HeadraceError, RuntimeError) as error:  # the hub, or torch's store
+            self._failures = {"": f"{type(error).__name__}: {error}"}
+            logger.warning("rank %d could not publish, training goes on: %s", self._crew.rank, error)
+        self._waited_s += time.monotonic() - begin
+
+    def _share(self, outcome: Outcome) -> None:
+        """Wait for a round's end and tell the other ranks, so that all of them go on or raise together."""
+        if outcome.done.wait(self.settings.deadline_s):
+            self._failures = outcome.failures
+        else:
+            self._failures = {"": f"the update did not end within {self.settings.deadline_s:g} s"}
+        self._crew.tell(f"outcome/{self._rounds}", json.dumps(self._failures))
+        if self._shared is not None:
+            self._crew.forget(self._shared)
+        self._shared = f"outcome/{self._rounds}"
+
+    def _deliver(self) -> None:
+        """Hand reports over, in the training thread; rank 0 has them."""
+        if self._publisher is None:
+            return
+        for report in self._publisher.reports(self.held_s - self._told_s):
+            self._told_s += report.held_s
+            self.last_report = report
+            self._failures = self._failures or report.failures
+            if self.settings.report is not None:
+                try:
+                    self.settings.report(report)
+                except Exception:  # a user's logger must not end training
+                    logger.exception("the report callback of the Headrace hook failed")
+
+    def _raise_if_told(self) -> None:
+        """Raise on every rank what went wrong, if training is to end by it."""
+        failures, self._failures = self._failures, {}
+        if self.settings.on_error != "raise":
+            return
+        if self._crew.rank and not failures and (said := self._crew.heard(_FAILED)):
+            failures = json.loads(said)
+        if failures:
+            if self._crew.rank == 0:
+                self._crew.tell(_FAILED, json.dumps(failures))
+            text = "; ".join(f"{name}: {why}" if name else why for name, why in failures.items())
+            raise UpdateFailedError(text, phase="hook")

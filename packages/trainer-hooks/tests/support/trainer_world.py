@@ -1,0 +1,83 @@
+"""Little trainers of every kind: a real model and optimizer on some gloo ranks, beside an engine that serves it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from headrace.testing.engine_process import differences
+from headrace.testing.tiny_model import TinySize
+
+ODD = TinySize(hidden=50, intermediate=78, num_heads=4, num_kv_heads=2, head_dim=10)
+"""Divides by two tensor-parallel workers of an engine, and by hardly any number of trainers."""
+LEARNING_RATE = 1e-2
+
+
+@dataclass
+class Trainer:
+    """One rank's trainer.
+
+    Attributes:
+        model: As it is trained.
+        step: Takes one optimizer step on a batch.
+        whole: Returns all weights, gathered; for comparison only, on every rank.
+        optimizer: What changes the weights.
+    """
+
+    model: Any
+    step: Callable[[torch.Tensor], None]
+    whole: Callable[[], Mapping[str, torch.Tensor]]
+    optimizer: Any
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def join(rank: int, world_size: int, port: int) -> None:
+    """Meet the other ranks over gloo."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the model of a checkpoint, the same on every rank."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
+
+
+def batch(step: int, rank: int, vocab: int = 300) -> torch.Tensor:
+    """Return random tokens of a step; every rank has its own."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randint(3, vocab, (2, 12), generator=generator)
+
+
+def plain_step(model: Any, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
+    """Return a step with a loss of its own: every layout has this one."""
+
+    def step(tokens: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer whose steps change every weight."""
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, foreach=False)
+
+
+def compare(url: str, whole: Mapping[str, torch.Tensor], published: torch.dtype, live: torch.dtype) -> list[str]:
+    """Return which of an engine's live tensors are not the trainer's weights after the casts."""
+    return differences(url, {name: t.detach().to(published).to(live) for name, t in whole.items()})

@@ -1,0 +1,59 @@
+"""DeepSpeed on three ranks into a real engine with two workers: after each step all live tensors are the trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="trainers and the embedded engine need transformers")
+pytest.importorskip("deepspeed", reason="the session `trainers` of nox installs DeepSpeed")
+
+import torch
+from deepspeed_layouts import LAYOUTS, make
+from trainer_world import ODD, batch, compare, join
+
+from headrace.testing.engine_process import EngineProcess, free_port
+from headrace.testing.ranks import run_ranks
+from headrace.testing.tiny_model import make_tiny_qwen3
+from headrace_trainers import deepspeed as hooks
+
+STEPS = 2
+
+
+def train(rank: int, world_size: int, port: int, url: str, folder: Path, names: list[str]) -> dict[str, list[str]]:
+    join(rank, world_size, port)
+    return {name: train_one(rank, url, folder, name) for name in names}
+
+
+def train_one(rank: int, url: str, folder: Path, name: str) -> list[str]:
+    torch.manual_seed(5)
+    trainer = make(folder, **LAYOUTS[name])
+    dtype = torch.float32 if LAYOUTS[name].get("bf16") is False else torch.bfloat16
+    found, reports = [], []
+    with hooks.attach(
+        trainer.model, to=f"torch={url}", mode="wait", on_error="raise", report=reports.append
+    ) as hook:
+        for step in range(1, STEPS + 1):
+            trainer.step(batch(step, rank))
+            whole = trainer.whole()
+            if rank == 0:
+                found += [f"step {step}: {one}" for one in compare(url, whole, dtype, torch.float32)]
+        found += [] if hook.step == STEPS else [f"{hook.step} steps were counted"]
+    if rank == 0 and [report.step for report in reports] != [1, 2]:
+        found.append(f"reports of {[report.step for report in reports]}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
+    folder = make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
+    with EngineProcess(folder, 2, "--dtype", "float32") as engine:
+        yield run_ranks(train, 3, 280, free_port(), engine.url, folder, list(LAYOUTS))[0]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_parameter_after_every_step(on_three_ranks: dict[str, list[str]], name: str) -> None:
+    assert on_three_ranks[name] == []

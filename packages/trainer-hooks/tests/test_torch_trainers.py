@@ -1,0 +1,65 @@
+"""Every trainer of torch itself into a real engine: after each step, every live tensor is the trainer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="trainers and the embedded engine need transformers")
+
+import torch
+from torch_layouts import LAYOUTS
+from trainer_world import ODD, batch, compare, join
+
+from headrace.testing.engine_process import EngineProcess, free_port
+from headrace.testing.ranks import run_ranks
+from headrace.testing.tiny_model import make_tiny_qwen3
+from headrace_trainers import fsdp
+
+STEPS = 3
+RESHARDED = {"fsdp2", "fsdp1-full", "ddp"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
+
+
+def train(rank: int, world_size: int, port: int, url: str, folder: Path, names: list[str]) -> dict[str, list[str]]:
+    """Train in every layout, one after the other, and return what was wrong after any step."""
+    join(rank, world_size, port)
+    return {name: train_one(rank, url, folder, name) for name in names}
+
+
+def train_one(rank: int, url: str, folder: Path, name: str) -> list[str]:
+    found = []
+    torch.manual_seed(5)
+    trainer = LAYOUTS[name](folder)
+    data_rank = {"plain": 0, "fsdp2-tp": rank // 2}.get(name, rank)
+    reports = []
+    with fsdp.attach(
+        trainer.model, trainer.optimizer, to=f"torch={url}", mode="wait", on_error="raise", report=reports.append
+    ) as hook:
+        for step in range(1, STEPS + 1):
+            trainer.step(batch(step, data_rank))
+            whole = trainer.whole()
+            if rank == 0:
+                found += [f"step {step}: {one}" for one in compare(url, whole, torch.float32, torch.float32)]
+        found += [] if hook.step == STEPS else [f"{hook.step} steps were counted"]
+    if rank == 0 and [report.step for report in reports] != [1, 2, 3]:
+        found.append(f"reports of {[report.step for report in reports]}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_four_ranks(folder: Path) -> Iterator[dict[str, list[str]]]:
+    with EngineProcess(folder, 1, "--dtype", "float32") as engine:
+        yield run_ranks(train, 4, 200, free_port(), engine.url, folder, list(LAYOUTS))[0]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_parameter_after_every_step(on_four_ranks: dict[str, list[str]], name: str) -> None:
+    assert on_four_ranks[name] == []
