@@ -138,6 +138,12 @@ class Published(Message, frozen=True):
     spans: tuple[Span, ...] = ()
 
 
+class Filled(Message, frozen=True):
+    """A holder has the regions that `Fill` named."""
+
+    spans: tuple[Span, ...] = ()
+
+
 class Digests(Message, frozen=True):
     """Sums that a holder was asked for, by the request's key."""
 
@@ -233,6 +239,14 @@ class Publish(Message, frozen=True):
 
     version: int
     known_layouts: tuple[str, ...] = ()
+
+
+class Fill(Message, frozen=True):
+    """Copy the weights of a trainer's step into a placed version: the regions of these rows of its manifest."""
+
+    version: int
+    step: int
+    rows: np.ndarray
 
 
 class SumDigests(Message, frozen=True):
@@ -385,6 +399,7 @@ AnyMessage = (
     | Aborted
     | Progress
     | Published
+    | Filled
     | Digests
     | RingReady
     | BroadcastDone
@@ -396,6 +411,7 @@ AnyMessage = (
     | Finish
     | Abort
     | Publish
+    | Fill
     | Settle
     | Settled
     | SumDigests
