@@ -32,7 +32,7 @@ MODELS = {
     "mixture": (
         make_tiny_qwen3_moe,
         TinySize(
-            num_layers=24, hidden=512, intermediate=160, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=64
+            num_layers=24, hidden=512, intermediate=256, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=64
         ),
     ),
 }
