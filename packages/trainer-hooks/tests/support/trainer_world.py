@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from headrace.testing.engine_process import differences
+from headrace.embedded.control import TorchControl
+from headrace.testing.engine_process import differences, fingerprints
 from headrace.testing.tiny_model import TinySize
 
 ODD = TinySize(hidden=50, intermediate=78, num_heads=4, num_kv_heads=2, head_dim=10)
@@ -80,4 +81,21 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def compare(url: str, whole: Mapping[str, torch.Tensor], published: torch.dtype, live: torch.dtype) -> list[str]:
     """Return which of an engine's live tensors are not the trainer's weights after the casts."""
-    return differences(url, {name: t.detach().to(published).to(live) for name, t in whole.items()})
+    return differences(fingerprints(url), {name: t.detach().to(published).to(live) for name, t in whole.items()})
+
+
+class Witness(TorchControl):
+    """Control of an embedded engine that notes what it holds whenever it is about to go on with a new version.
+
+    Attributes:
+        seen: Version, and the fingerprints of all its live tensors.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.seen: list[tuple[int | None, list[dict[str, Any]]]] = []
+
+    def resume(self, deadline_s: float) -> None:
+        """Look, then resume."""
+        self.seen.append((self.served_version(deadline_s), fingerprints(self._url)))
+        super().resume(deadline_s)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -118,7 +118,7 @@ class EngineProcess:
 
         For weights in the checkpoint's own names and dtype. Tensors that no rank has are differences too.
         """
-        return differences(self.url, _read(checkpoint))
+        return differences(fingerprints(self.url), _read(checkpoint))
 
     def worker_pids(self) -> list[int]:
         """Return the workers' process ids, by rank."""
@@ -237,14 +237,19 @@ class Stream:
             self.versions.append(choice["weight_version"])
 
 
-def differences(url: str, whole: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the live tensors of the embedded engine at `url` that are not, bit for bit, as in `whole`: `rank: name`.
+def fingerprints(url: str) -> list[dict[str, Any]]:
+    """Return what the embedded engine at `url` holds, by rank: its live tensors, where they lie, their sums."""
+    answer = httpx.get(f"{url}/headrace/fingerprints", timeout=30, trust_env=False)
+    return list(answer.raise_for_status().json()["ranks"])
+
+
+def differences(ranks: Iterable[Mapping[str, Any]], whole: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the live tensors that are not, bit for bit, as in `whole`, as `rank: name`.
 
     `whole` has the engine's own names and dtype; its tensors that no rank has are differences too.
     """
-    answer = httpx.get(f"{url}/headrace/fingerprints", timeout=30, trust_env=False)
     missing, found = set(whole), []
-    for rank in answer.raise_for_status().json()["ranks"]:
+    for rank in ranks:
         for entry in rank["tensors"]:
             missing.discard(entry["name"])
             if _sum(whole[entry["name"]], entry["boxes"], entry["dim"]) != entry["sha256"]:
