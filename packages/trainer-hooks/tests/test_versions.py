@@ -23,7 +23,7 @@ from headrace_trainers.fence import StepFence
 from headrace_trainers.shards.tensors import flat_pieces, meta_of
 from headrace_trainers.source import Piece, Shards, ShardSource
 
-SHAPE = shapes.ModelShape(layers=1, hidden=12, vocab=30, heads=2, kv_heads=2, head_dim=6, intermediate=20)
+SHAPE = shapes.ModelShape(layers=1, hidden=12, vocab=128, heads=2, kv_heads=2, head_dim=6, intermediate=20)
 PARAMS = shapes.params_of(SHAPE)
 
 

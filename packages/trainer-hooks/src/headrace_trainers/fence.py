@@ -31,6 +31,8 @@ class StepFence:
         self._ended = False
         self._readers = 0
         self._broken = 0
+        self._awaited: dict[int, int] = {}  # step to how many wait for it
+        self._begun: dict[int, int] = {}  # step to `_broken` when those who waited were counted as readers
         self._changed = threading.Condition()
 
     @property
@@ -64,10 +66,16 @@ class StepFence:
             return not free
 
     def end_write(self, *, applied: bool = True) -> None:
-        """Say that the weights are whole again: those of the next step or, if none was applied, of the same."""
+        """Say that the weights are whole again: those of the next step or, if none was applied, of the same.
+
+        Who waits for this step reads from now on: the next `begin_write` cannot come before it.
+        """
         with self._changed:
             self._writing = False
             self._step += 1 if applied else 0
+            if applied and (waiting := self._awaited.get(self._step, 0)):
+                self._readers += waiting
+                self._begun[self._step] = self._broken
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -88,15 +96,7 @@ class StepFence:
             TransferTimeoutError: It did not come within the deadline.
         """
         with self._changed:
-            known = self._changed.wait_for(lambda: self._is_decided(step), deadline_s)
-            if not known:
-                message = f"step {step} did not come within {deadline_s:g} s; the weights are of step {self._step}"
-                raise TransferTimeoutError(message, phase="read")
-            if self._step != step or self._writing:
-                message = f"step {step} cannot be had: the weights are of step {self._step}, or changing already"
-                raise StepMissedError(message, phase="read", retryable=True)
-            self._readers += 1
-            broken = self._broken
+            broken = self._enter(step, deadline_s)
         try:
             yield
         finally:
@@ -108,7 +108,24 @@ class StepFence:
             message = f"training could not wait until step {step} was read; raise the hook's `hold_s`"
             raise StepMissedError(message, phase="read", retryable=True)
 
-    def _is_decided(self, step: int) -> bool:
-        if self._step > step or self._ended:
-            return True
-        return self._step == step
+    def _enter(self, step: int, deadline_s: float) -> int:
+        """Count a reader of `step`; returns how many readers had been broken off when it began to count."""
+        if self._step == step and not self._writing:
+            self._readers += 1
+            return self._broken
+        if self._step >= step or self._ended:
+            message = f"step {step} cannot be had: the weights are of step {self._step}, or changing already"
+            raise StepMissedError(message, phase="read", retryable=True)
+        self._awaited[step] = self._awaited.get(step, 0) + 1
+        self._changed.wait_for(lambda: self._step >= step or self._ended, deadline_s)
+        self._awaited[step] -= 1
+        begun = self._begun.get(step)
+        if not self._awaited[step]:
+            self._begun.pop(step, None)
+            del self._awaited[step]
+        if begun is not None:
+            return begun  # counted by `end_write`
+        message = f"step {step} did not come within {deadline_s:g} s; the weights are of step {self._step}"
+        if self._ended:
+            raise StepMissedError(message, phase="read", retryable=True)
+        raise TransferTimeoutError(message, phase="read")
