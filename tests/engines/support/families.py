@@ -1,4 +1,4 @@
-"""Tiny models of families that vLLM loads in different ways: one entry per way, made by transformers from a seed."""
+"""Tiny models of families that engines load in different ways: one entry per way, made by transformers from a seed."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Family:
     Attributes:
         packed: Whether vLLM's CPU kernels, as installed, run it rightly at all.
         rewritten: Whether vLLM rewrites some of its weights on plain kernels too.
+        sglang: Whether SGLang runs it on a CPU without kernels of its own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     tie: bool = False
     packed: bool = True
     rewritten: bool = False
+    sglang: bool = True
     engine: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, folder: Path, seed: int) -> Path:
@@ -78,10 +80,20 @@ FAMILIES = {
         Family(
             "gemma2",
             "gemma2",
-            {**_COMMON, "query_pre_attn_scalar": 32, "sliding_window": 256, **_UNCAPPED},
+            {
+                **_COMMON,
+                "query_pre_attn_scalar": 32,
+                "sliding_window": 256,
+                "hidden_act": "gelu_pytorch_tanh",
+                **_UNCAPPED,
+            },
             tie=True,
         ),
-        Family("mixtral", "mixtral", {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        Family(
+            "mixtral",
+            "mixtral",
+            {**_COMMON, "hidden_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ),
         Family("phi3", "phi3", {**_COMMON, "hidden_size": 128, "rope_scaling": None}),
         Family("gpt2", "gpt2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}, tie=True),
         Family(
@@ -90,6 +102,7 @@ FAMILIES = {
             {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
             packed=False,
             rewritten=True,
+            sglang=False,
         ),
         Family(
             "deepseek-v3",
@@ -104,6 +117,7 @@ FAMILIES = {
             },
             packed=False,
             rewritten=True,
+            sglang=False,
         ),
         Family(
             "gpt-oss",
@@ -115,6 +129,7 @@ FAMILIES = {
                 "sliding_window": 64,
                 "intermediate_size": 64,
             },
+            sglang=False,
         ),
     )
 }

@@ -25,11 +25,9 @@ class Supported:
     newest: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return the range for people."""
+        """Return the range for people, such as `0.26.0 to 0.32.x`."""
         first, last = (".".join(map(str, ends)) for ends in (self.oldest, self.newest))
-        if len(self.oldest) == 3:
-            return first if first == last else f"{first} to {last}"
-        return f"{first}.0 to {last}.x"
+        return f"{first}{'.0' * (3 - len(self.oldest))} to {last}{'.x' * (3 - len(self.newest))}"
 
     def check(self, version: str) -> None:
         """Refuse a version out of range; builds without a version number (`dev`) pass.
@@ -39,7 +37,7 @@ class Supported:
         """
         found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
         number = tuple(int(part or 0) for part in found.groups()) if found else (0, 0, 0)
-        if number == (0, 0, 0) or self._begin(number) <= number <= self._end(number):
+        if number == (0, 0, 0) or (self.oldest <= number and number[: len(self.newest)] <= self.newest):
             return
         if number < self.oldest:
             way_out = f"upgrade {self.engine}"
@@ -47,9 +45,3 @@ class Supported:
             way_out = f"upgrade {self.distribution}, or take an older {self.engine}"
         message = f"{self.distribution} works with {self.engine} {self}; installed is {version}; {way_out}"
         raise BackendUnavailableError(message, name=self.engine.lower())
-
-    def _begin(self, number: tuple[int, ...]) -> tuple[int, ...]:
-        return self.oldest + (0,) * (len(number) - len(self.oldest))
-
-    def _end(self, number: tuple[int, ...]) -> tuple[int, ...]:
-        return self.newest + number[len(self.newest) :]

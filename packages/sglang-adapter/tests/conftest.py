@@ -1,0 +1,65 @@
+"""What needs the real engine is left out where there is none; nothing here stands in for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SUPPORT = Path(__file__).parent / "support"
+sys.path[:0] = [
+    str(SUPPORT),
+    str(SUPPORT / "cpu"),
+    str(Path(__file__).parents[3] / "tests" / "engines" / "support"),
+]
+
+from prompts import PROMPT, RunOffline  # noqa: E402 - found there
+from sglang_server import environment  # noqa: E402
+
+HAS_SGLANG = importlib.util.find_spec("sglang") is not None
+collect_ignore = [] if HAS_SGLANG else ["test_families.py", "test_server.py", "test_offline.py", "test_hooks.py"]
+if HAS_SGLANG:
+    import torchvision_operators  # noqa: F401 - transformers imports torchvision where it is installed
+
+
+@pytest.fixture(autouse=True)
+def socket_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set the socket folder for this process and all that it starts."""
+    folder = Path(tmp_path_factory.mktemp("s", numbered=True))
+    folder.chmod(0o700)
+    monkeypatch.setenv("HEADRACE_SOCKET_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def run_offline(tmp_path: Path) -> RunOffline:
+    """Return a function that runs `offline_child.py` and returns its results."""
+
+    def run(
+        checkpoints: list[Path],
+        *,
+        num_tokens: int = 12,
+        verify: str = "digest",
+        cache: str = "recompute",
+        variables: dict[str, str] | None = None,
+        **engine: object,
+    ) -> list[dict[str, Any]]:
+        spec, out = tmp_path / "spec.json", tmp_path / "out.json"
+        told = {"checkpoints": [str(c) for c in checkpoints], "prompt": PROMPT, "num_tokens": num_tokens}
+        spec.write_text(json.dumps(told | {"verify": verify, "cache": cache, "engine": engine}))
+        command = [sys.executable, str(SUPPORT / "offline_child.py"), str(spec), str(out)]
+        workers = int(engine.get("tp_size", 1)) * int(engine.get("dp_size", 1))  # type: ignore[call-overload]
+        done = subprocess.run(
+            command, env=environment(workers) | (variables or {}), capture_output=True, text=True, timeout=170,
+            check=False,
+        )  # fmt: skip
+        assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+        return results
+
+    return run

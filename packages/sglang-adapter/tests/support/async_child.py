@@ -1,0 +1,56 @@
+"""Updates an `Engine` while it answers in an event loop: `python async_child.py SPEC.json OUT.json`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from sglang_server import SMALL, answer_of
+
+
+async def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Ask again and again while an update is made; one request is in flight over it."""
+    import sglang
+
+    import headrace_sglang
+    from headrace.server.parameter_server import ParameterServer
+
+    engine = sglang.Engine(model_path=spec["checkpoints"][0], **SMALL, log_level="error")
+    control = headrace_sglang.attach(engine)
+    sampling = {"temperature": 0.0, "max_new_tokens": spec["num_tokens"], "ignore_eos": True}
+    begun, done = asyncio.Event(), asyncio.Event()
+
+    async def ask() -> dict[str, Any]:
+        stream = await engine.async_generate(
+            input_ids=spec["prompt"], sampling_params=sampling, return_logprob=True, stream=True
+        )
+        async for out in stream:
+            begun.set()
+            last = out
+        return answer_of(last)
+
+    async def keep_asking() -> list[dict[str, Any]]:
+        answers = []
+        while not done.is_set():
+            answers.append(await ask())
+        return answers
+
+    requests = asyncio.create_task(keep_asking())
+    await begun.wait()
+    with ParameterServer(spec["checkpoints"][1]) as server:
+        report = await asyncio.to_thread(server.update, control)
+    done.set()
+    answers = await requests
+    served = await asyncio.to_thread(control.served_version, 10.0)
+    engine.shutdown()
+    return {"answers": answers, "version": report.version, "served": served}
+
+
+if __name__ == "__main__":
+    told = asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))
+    Path(sys.argv[2]).write_text(json.dumps(told))
+    os._exit(0)

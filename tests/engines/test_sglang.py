@@ -1,0 +1,92 @@
+"""The suite of all engines on real SGLang servers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "packages" / "sglang-adapter" / "tests" / "support"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
+sys.path[:0] = [str(SUPPORT), str(SUPPORT / "cpu")]
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("needs SGLang: run `nox -s sglang`", allow_module_level=True)
+
+import torchvision_operators  # noqa: E402, F401 - transformers imports torchvision where it is installed
+from checkpoints import checkpoints_of  # noqa: E402
+from engine_suite import EngineSuite  # noqa: E402
+from oracle import Oracle  # noqa: E402
+from sglang_server import SglangServer  # noqa: E402
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def socket_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set the socket folder for this process and the servers that it starts."""
+    folder = tmp_path_factory.mktemp("s")
+    folder.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRACE_SOCKET_DIR", str(folder))
+        yield
+
+
+@pytest.fixture(scope="class")
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return checkpoints_of(request.cls.family, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="class")
+def oracle(checkpoints: dict[str, Path]) -> Oracle:
+    return Oracle({name: checkpoints[name] for name in "abc"})
+
+
+@pytest.fixture(scope="class")
+def server(
+    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SglangServer]:
+    log = tmp_path_factory.mktemp("log") / "sglang.log"
+    with SglangServer(checkpoints["a"], *request.cls.options, log=log, **request.cls.choices) as server:
+        yield server
+
+
+class SglangSuite(EngineSuite):
+    """What subclasses choose: the model, and the server's flags."""
+
+    family: ClassVar[str] = "qwen3"
+    options: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[dict[str, Any]] = {}
+
+
+class TestOneScheduler(SglangSuite):
+    """As installed."""
+
+
+@pytest.mark.slow
+class TestWithoutOverlap(SglangSuite):
+    """Steps one after another."""
+
+    family = "llama"
+    options = ("--disable-overlap-schedule",)
+
+
+@pytest.mark.slow
+class TestTensorParallel(SglangSuite):
+    """Two schedulers that share each layer."""
+
+    options = ("--tp-size", "2")
+    choices: ClassVar[dict[str, Any]] = {"workers": 2}
+
+
+@pytest.mark.slow
+class TestDataParallel(SglangSuite):
+    """Two engines behind one address."""
+
+    options = ("--dp-size", "2")
+    choices: ClassVar[dict[str, Any]] = {"workers": 2}
