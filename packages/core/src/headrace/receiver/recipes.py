@@ -19,7 +19,7 @@ from headrace.recipe import LoadRecipe
 from headrace.recording import RecipeCache, opaque_recipe, prove, record, whole_tensors
 from headrace.store.checkpoint import CheckpointSource
 from headrace.telemetry import Recorder
-from headrace.types import DTYPES, ParamTable, dtype_code
+from headrace.types import DTYPES, ParamMeta, ParamTable, dtype_code
 
 logger = logging.getLogger(__name__)
 SHOWN = 10
@@ -108,7 +108,7 @@ class RecipeBook:
         )
 
     def _check_kinds(self, metas: ParamTable) -> None:
-        """Refuse a source whose tensors have other shapes or kinds of elements than the engine's own checkpoint.
+        """Refuse a source whose tensors have other shapes or kinds of elements than what the engine is known to take.
 
         A loader that raises on a shape while it is recorded looks like one that needs data: the tensor would be
         opaque, and would fail only in the commit. One that copies integers into floats does so without a word.
@@ -116,11 +116,7 @@ class RecipeBook:
         Raises:
             ManifestMismatchError: Lists every difference.
         """
-        own = self._own_checkpoint()
-        if own is None:
-            return
-        with closing(own):
-            known = {meta.name: meta for meta in own.metadata()}
+        known = self._known_kinds()
         pairs = [(meta, known[meta.name]) for meta in metas if meta.name in known]
         wrong = [
             f"{meta.name} is {meta.dtype} {meta.shape}, the engine's checkpoint has {mine.dtype} {mine.shape}"
@@ -131,6 +127,18 @@ class RecipeBook:
             shown = "; ".join(wrong[:SHOWN]) + ("; ..." if len(wrong) > SHOWN else "")
             message = f"the source is of another model, {len(wrong)} tensors differ: {shown}"
             raise ManifestMismatchError(message, wrong, phase="describe", name=wrong[0].split(" ")[0])
+
+    def _known_kinds(self) -> dict[str, ParamMeta]:
+        """Return what the engine started from, and what proven updates brought it, without what it has no use for."""
+        known: dict[str, ParamMeta] = {}
+        for recipe in [entry.recipe for entry in self._entries.values() if entry.unproven is None]:
+            unused = set(recipe.unused.tolist())
+            known |= {meta.name: meta for i, meta in enumerate(recipe.sources) if i not in unused}
+        own = self._own_checkpoint()
+        if own is not None:
+            with closing(own):
+                known |= {meta.name: meta for meta in own.metadata()}
+        return known
 
     def _own_checkpoint(self) -> CheckpointSource | None:
         """Return the checkpoint that the engine started from, where it still can be read."""
