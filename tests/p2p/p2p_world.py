@@ -13,10 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 from headrace import wire
-from headrace.errors import ConnectError
+from headrace.errors import BackendUnavailableError, ConnectError
 from headrace.server.invitation import Invitation
 from headrace.server.membership import Membership
+from headrace.transports.mooncake_engine import require_mooncake
 
 START_S = 60.0
 
@@ -80,7 +83,14 @@ class HoldProcess(Command):
         environment: dict[str, str] | None = None,
     ) -> None:
         super().__init__(
-            "hold", "--checkpoint", checkpoint, "--save-metas", metas, *options, prefix=prefix, environment=environment
+            "hold",
+            "--checkpoint",
+            checkpoint,
+            "--save-metas",
+            metas,
+            *options,
+            prefix=prefix,
+            environment=environment,
         )
         self.metas = metas
         limit = time.monotonic() + START_S
@@ -106,6 +116,14 @@ class HoldProcess(Command):
         """End it without a word."""
         self.process.kill()
         self.process.wait(10)
+
+
+def need_mooncake() -> None:
+    """Skip the test where Mooncake cannot be loaded."""
+    try:
+        require_mooncake()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
 
 
 def join_arguments(target: str, metas: Path, *options: str) -> list[str]:

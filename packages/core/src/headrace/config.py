@@ -99,6 +99,8 @@ class HostSettings:
         bind_port: Port of the first control socket that is made with these settings; 0 takes any.
         advertise_host: Address that peers are told to dial.
         mooncake: Whether holders serve their segments through Mooncake as well, which authenticates nobody.
+        mooncake_nics: RDMA devices that Mooncake uses; empty for TCP.
+        mooncake_cpus: CPUs of Mooncake's helper processes; None leaves them where the system puts them.
         recipe_cache: Folder that keeps proven recipes over restarts of an engine; None keeps them in memory.
     """
 
@@ -108,6 +110,8 @@ class HostSettings:
     advertise_host: str = "127.0.0.1"
     bind_port: int = 0
     mooncake: bool = False
+    mooncake_nics: tuple[str, ...] = ()
+    mooncake_cpus: frozenset[int] | None = None
     recipe_cache: Path | None = None
 
 

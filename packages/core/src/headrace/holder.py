@@ -44,6 +44,7 @@ from headrace.store.store import Store
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Recorder
 from headrace.transports.collective import BroadcastGroup
+from headrace.transports.mooncake_gate import Gate, Shown
 from headrace.transports.program import CopyProgram
 from headrace.transports.tcp_server import TcpServer
 
@@ -88,6 +89,7 @@ class Holder:
         self._source = source
         self._owns_source = owns_source
         self._recorder = Recorder(f"holder {ticket.index}")
+        self._gate = Gate(host) if host.mooncake else None
         self._lender = Lender(host)
         self._store: Store | LentStore | LiveStore
         if isinstance(source, DeviceSource):
@@ -110,7 +112,13 @@ class Holder:
     @property
     def address(self) -> HolderAddress:
         """How receivers reach this holder's memory."""
-        return HolderAddress(self.name, self._lender.unix_socket, self._tcp.endpoint, self._secret)
+        return HolderAddress(
+            self.name,
+            self._lender.unix_socket,
+            self._tcp.endpoint,
+            self._secret,
+            mooncake=self._gate.endpoint if self._gate else "",
+        )
 
     def run(self) -> None:
         """Serve until `Shutdown` or until the coordinator is lost; closes everything. Blocking."""
@@ -136,6 +144,8 @@ class Holder:
         self._drop_ring()
         self._dialer.close(linger_s=1.0)
         self._tcp.close()
+        if self._gate is not None:
+            self._gate.close()
         self._lender.close()
         self._store.close()
         if self._owns_source:
@@ -227,6 +237,9 @@ class Holder:
         for gone in self._served.keys() - wanted.keys():
             del self._served[gone]
         self._served.update(wanted)
+        if self._gate is not None:
+            shown = [segment for segment in held if isinstance(segment, HostSegment)]
+            self._gate.show([Shown(s.descriptor.segment_id, s.descriptor.num_bytes, s.fd) for s in shown])
 
     def _sum_digests(self, message: wire.SumDigests) -> wire.Digests:
         blocks = self._store.tensors(message.version)

@@ -154,13 +154,30 @@ class Fetch:
             if time.monotonic() >= limit:
                 text = f"{len(todo)} pieces of {len(pieces.giver)} were not read within the deadline"
                 raise TransferTimeoutError(text, phase="join")
-            alive = [i for i in range(len(self._manifests)) if i not in self.lost]
+            alive = self._reach()
             trusted = [i for i in alive if i not in self.suspects]
             queues = self._plan(pieces, todo, trusted, total) or self._plan(pieces, todo, alive, total)
             if queues is None:
                 raise self._nobody(pieces, todo)
             self._queues = queues
             self._round(_Work(pieces, blocks, limit, total))
+
+    def _reach(self) -> list[int]:
+        """Return the holders that can be reached, all of them tried side by side."""
+        left = [i for i in range(len(self._manifests)) if i not in self.lost]
+        if left:
+            with ThreadPoolExecutor(len(left), "headrace-reach") as pool:
+                errors = pool.map(self._try, left)
+            self.lost |= {i: error for i, error in zip(left, errors, strict=True) if error is not None}
+        return [i for i in left if i not in self.lost]
+
+    def _try(self, holder: int) -> HeadraceError | None:
+        try:
+            self._way(holder)
+        except HeadraceError as error:
+            logger.warning("holder %s cannot be reached: %s", self._name(holder), error)
+            return error
+        return None
 
     def _nobody(self, pieces: Pieces, todo: I64) -> HeadraceError:
         names = sorted({self._params[int(i)].name for i in np.unique(pieces.table.param[todo])[:3]})

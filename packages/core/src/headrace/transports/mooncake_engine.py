@@ -1,0 +1,192 @@
+"""Mooncake's Transfer Engine behind typed calls, its return codes as errors. Only helper processes load it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headrace.errors import (
+    BackendUnavailableError,
+    ConnectError,
+    HeadraceError,
+    PeerLostError,
+    RemoteProtocolError,
+)
+
+BATCH_ENTRIES = 1024
+DIRECTORY_BYTES = 1 << 18
+TRANSFER_TIMEOUT_S = 30
+_HEADER = struct.Struct("<4sIQI")
+_ENTRY = struct.Struct("<32sQQ")
+_MAGIC = b"HDRD"
+_MAP_ANONYMOUS_SHARED = 0x21
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+
+CODES: Mapping[int, type[HeadraceError]] = {-1: PeerLostError}
+"""What Mooncake's calls return when they fail: it tells a dead peer, refused memory and a time-out by one number."""
+
+
+def require_mooncake() -> None:
+    """Check that Mooncake can be loaded, without loading it.
+
+    Raises:
+        BackendUnavailableError: It is not installed, or a system library is missing; says how to get it.
+    """
+    if importlib.util.find_spec("mooncake") is None:
+        message = (
+            "Mooncake is not installed; pip install 'headrace[p2p]', or mooncake-transfer-engine-non-cuda"
+        )
+        raise BackendUnavailableError(message, name="mooncake")
+    try:
+        ctypes.CDLL("libibverbs.so.1")
+    except OSError as error:
+        message = f"Mooncake needs the system library libibverbs ({error}); apt-get install libibverbs1"
+        raise BackendUnavailableError(message, name="mooncake") from error
+
+
+def quiet_environment() -> dict[str, str]:
+    """Return variables for a helper process: errors only in its log, transfers that end."""
+    return {"MC_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "3", "MC_TRANSFER_TIMEOUT": str(TRANSFER_TIMEOUT_S)}
+
+
+def check(code: int, what: str) -> None:
+    """Raise what a return code means.
+
+    Raises:
+        HeadraceError: Of the class that `CODES` says.
+        RemoteProtocolError: The code is not known.
+    """
+    if code == 0:
+        return
+    kind = CODES.get(code)
+    if kind is None:
+        message = f"{what} ended with {code}, which no known version of Mooncake returns"
+        raise RemoteProtocolError(message, name="mooncake")
+    message = f"{what} failed: the peer is gone, hangs, or does not hold the memory any more"
+    raise kind(message, name="mooncake")
+
+
+class Mooncake:
+    """One Transfer Engine of this process.
+
+    Args:
+        host: Address under which peers reach this process.
+        nics: RDMA devices to use; empty for TCP.
+
+    Raises:
+        BackendUnavailableError: It cannot be loaded or started.
+    """
+
+    def __init__(self, host: str, nics: Sequence[str] = ()) -> None:
+        require_mooncake()
+        try:
+            from mooncake.engine import TransferEngine  # noqa: PLC0415 - starts threads, so only where it is used
+        except ImportError as error:
+            message = f"Mooncake cannot be loaded: {error}; pip install 'headrace[p2p]', apt-get install libibverbs1"
+            raise BackendUnavailableError(message, name="mooncake") from error
+        self._engine: Any = TransferEngine()
+        self.uses_rdma = bool(nics)
+        protocol = "rdma" if nics else "tcp"
+        code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, ",".join(nics))
+        if code != 0:
+            message = f"Mooncake did not start on {host} over {protocol} {','.join(nics)}: it returned {code}"
+            raise BackendUnavailableError(message, name="mooncake")
+        self.session = f"{host}:{self._engine.get_rpc_port()}"
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Let peers read memory of this process (and, as Mooncake has no rights, write what is mapped writable)."""
+        check(self._engine.register_memory(address, num_bytes), f"registering {num_bytes} bytes")
+
+    def unregister(self, address: int) -> None:
+        """Take memory back; peers that read it fail."""
+        check(self._engine.unregister_memory(address), "taking memory back")
+
+    def first_address(self, session: str) -> int:
+        """Return where a peer's first registered memory lies.
+
+        Raises:
+            ConnectError: The peer cannot be reached, or has registered nothing.
+        """
+        address = int(self._engine.get_first_buffer_address(session))
+        if not address:
+            message = f"Mooncake at {session} cannot be reached; does its holder still run?"
+            raise ConnectError(message, name=session)
+        return address
+
+    def read(self, session: str, entries: Sequence[tuple[int, int, int]]) -> None:
+        """Read `(own address, peer's address, bytes)`, at most `BATCH_ENTRIES` at a time. Blocking, without the GIL.
+
+        Raises:
+            PeerLostError: The peer is gone, hangs, or does not hold that memory.
+        """
+        for begin in range(0, len(entries), BATCH_ENTRIES):
+            own, peer, sizes = (
+                list(column) for column in zip(*entries[begin : begin + BATCH_ENTRIES], strict=True)
+            )
+            code = self._engine.batch_transfer_sync_read(session, own, peer, sizes)
+            check(code, f"a read of {sum(sizes)} bytes from {session}")
+
+
+def map_address(fd: int, num_bytes: int, *, writable: bool, private: bool = False) -> int:
+    """Map a descriptor for the life of this process and return the address.
+
+    Raises:
+        BackendUnavailableError: The kernel refuses.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+    if fd < 0:
+        flags = _MAP_ANONYMOUS_SHARED
+    address = _libc.mmap(None, num_bytes, protection, flags, fd, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        reason = os.strerror(ctypes.get_errno())
+        message = f"{num_bytes} bytes cannot be mapped for Mooncake: {reason}"
+        raise BackendUnavailableError(message, name="mooncake")
+    return int(address)
+
+
+def unmap(address: int, num_bytes: int) -> None:
+    """Undo `map_address`."""
+    _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes))
+
+
+def encode_directory(generation: int, segments: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return a directory: where each segment lies, behind a checksum, as readers may look while it is written."""
+    body = b"".join(_ENTRY.pack(name.encode(), *place) for name, place in segments.items())
+    if _HEADER.size + len(body) > DIRECTORY_BYTES:
+        message = f"{len(segments)} segments do not fit into Mooncake's directory; use larger segments"
+        raise BackendUnavailableError(message, name="mooncake")
+    return _HEADER.pack(_MAGIC, len(segments), generation, zlib.crc32(body)) + body
+
+
+def decode_directory(data: bytes) -> dict[str, tuple[int, int]] | None:
+    """Return address and size of each segment, or None where the directory was being written.
+
+    Raises:
+        RemoteProtocolError: It is no directory of ours.
+    """
+    magic, count, _, checksum = _HEADER.unpack_from(data)
+    end = _HEADER.size + count * _ENTRY.size
+    if magic != _MAGIC or end > len(data):
+        message = "what runs there is Mooncake, but no holder of headrace"
+        raise RemoteProtocolError(message, name="mooncake")
+    body = data[_HEADER.size : end]
+    if zlib.crc32(body) != checksum:
+        return None
+    entries = (_ENTRY.unpack_from(body, at) for at in range(0, len(body), _ENTRY.size))
+    return {name.rstrip(b"\0").decode("ascii", "replace"): (address, size) for name, address, size in entries}
