@@ -22,7 +22,7 @@ from engine_suite import EngineSuite  # noqa: E402
 from oracle import Oracle  # noqa: E402
 from vllm_server import VllmServer  # noqa: E402
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 
 @pytest.fixture(scope="module", autouse=True)

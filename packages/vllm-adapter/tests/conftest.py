@@ -18,9 +18,8 @@ sys.path[:0] = [str(SUPPORT), str(Path(__file__).parents[3] / "tests" / "engines
 from prompts import PROMPT, RunOffline  # noqa: E402 - found there
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-collect_ignore = (
-    [] if HAS_VLLM else ["test_families.py", "test_server.py", "test_parallel.py", "test_offline.py"]
-)
+NEED_VLLM = ["test_drafts.py", "test_families.py", "test_offline.py", "test_server.py", "test_workers.py"]
+collect_ignore = [] if HAS_VLLM else NEED_VLLM
 
 
 @pytest.fixture(autouse=True)

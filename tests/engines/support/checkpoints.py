@@ -61,3 +61,23 @@ def merge_adapter(base: Path, adapter: Path) -> Path:
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
         tensors[name] += parts[key.replace("lora_A", "lora_B")] @ parts[key]
     return _variant(base, f"merged-{adapter.name}", tensors)
+
+
+def add_guesser(base: Path, seed: int) -> Path:
+    """Write a checkpoint of `base` with one layer for multi-token prediction more, as DeepSeek-V3's have it."""
+    config = json.loads((base / "config.json").read_text())
+    tensors = load_file(base / "model.safetensors")
+    last, width = config["num_hidden_layers"] - 1, config["hidden_size"]
+    generator = torch.Generator().manual_seed(seed)
+    stem, own = f"model.layers.{last}.", f"model.layers.{last + 1}."
+    new = {own + name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)}
+    new |= {f"{own}{name}.weight": torch.ones(width) for name in ("enorm", "hnorm", "shared_head.norm")}
+    new |= {f"{own}eh_proj.weight": torch.ones(width, 2 * width)}
+    noise = {name: torch.randn(t.shape, generator=generator) for name, t in sorted(new.items())}
+    new = {name: (1 + 0.1 * t if t.ndim == 1 else t * t.shape[-1] ** -0.5) for name, t in noise.items()}
+    # Copies of what the answering model has; vLLM shares that one instead.
+    new[f"{own}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    new[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    target = _variant(base, "guesser", tensors | new)
+    (target / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return target

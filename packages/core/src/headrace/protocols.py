@@ -50,10 +50,13 @@ class Skeleton:
         tensors: Parameters and loadable buffers by the engine's name, on the meta device, in the layout that the
             loader writes to (before any repacking).
         load: The engine's loader, bound to the skeleton.
+        for_source: Where it depends on the source what is loaded (a draft model that not every checkpoint has): returns
+            the skeleton for a source with these parameters. Asked once per source, before anything of it is loaded.
     """
 
     tensors: Mapping[str, torch.Tensor]
     load: Callable[[NamedTensors], object]
+    for_source: Callable[[ParamTable], Skeleton] | None = None
 
 
 @runtime_checkable

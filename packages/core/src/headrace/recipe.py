@@ -66,6 +66,16 @@ class LoadRecipe:
     proven: bool = False
 
     @cached_property
+    def left(self) -> tuple[str, ...]:
+        """Names of targets that nothing fills, as the source has nothing for them; single numbers are not listed.
+
+        Those are scales, which engines have values of their own for.
+        """
+        filled = {*self.regions.block.tolist(), *self.fills.block.tolist()}
+        metas = (meta for i, meta in enumerate(self.targets) if i not in filled and meta.num_elements != 1)
+        return tuple(meta.name for meta in metas if meta.name not in self.opaque_reasons)
+
+    @cached_property
     def key(self) -> str:
         """Digest of everything that a plan depends on: equal recipes have equal plans."""
         digest = hashlib.sha256(f"{self.sources.key}{self.targets.key}{self.proven}".encode())

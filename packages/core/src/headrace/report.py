@@ -22,6 +22,8 @@ class WorkerReport:
         live_bytes: Bytes that were written into its live tensors inside the pause.
         opaque_names: Source names that went through the engine's own loader.
         casts: `from->to` dtype casts that took place.
+        left_names: Live tensors that stayed as they were, as the source has nothing for them: those of a draft model
+            that is not in the checkpoint.
         stage_s: Seconds of staging while the engine served.
         commit_s: Seconds of copying and the engine's post-load step, inside the pause.
         verify_s: Seconds of checking, inside the pause.
@@ -36,6 +38,7 @@ class WorkerReport:
     live_bytes: int
     opaque_names: tuple[str, ...] = ()
     casts: tuple[str, ...] = ()
+    left_names: tuple[str, ...] = ()
     stage_s: float = 0.0
     commit_s: float = 0.0
     verify_s: float = 0.0

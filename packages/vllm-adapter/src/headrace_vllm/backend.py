@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import vllm
 from torch import nn
-from vllm.config import set_current_vllm_config
 
-from headrace.errors import BackendUnavailableError
 from headrace.protocols import Skeleton, WorkerIdentity
-from headrace.types import DTYPE_CODES, WorkerId
+from headrace.types import ParamTable, WorkerId
+from headrace_vllm.parts import Part, is_of_draft, parts_of
 from headrace_vllm.reload import ModuleReload, process_again, without_adapters
-from headrace_vllm.watch import Watched, processed, watched
+from headrace_vllm.watch import processed
 
 if TYPE_CHECKING:
     from headrace.protocols import NamedTensors
-
-_BASE_LAYER = ".base_layer."
 
 
 class VllmBackend:
@@ -40,19 +37,11 @@ class VllmBackend:
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, model: nn.Module) -> None:  # noqa: ANN401
-        seen = watched(model)
-        if seen is None:
-            message = (
-                "this model was built without Headrace's plug-in; start vLLM with "
-                '--weight-transfer-config \'{"backend":"headrace"}\', or with --worker-extension-cls '
-                "headrace_vllm.WorkerExtension, and do not exclude `headrace` from VLLM_PLUGINS"
-            )
-            raise BackendUnavailableError(message, name="vllm")
         self._config = vllm_config
         self._device = device
         self._model = model
-        self._seen: Watched = seen
-        self._identity = _identity(vllm_config, device, model)
+        self._parts = parts_of(vllm_config, model)
+        self._identity = _identity(vllm_config, device, self._parts)
         self._reload: ModuleReload | None = None
         self.version: int | None = None
 
@@ -62,12 +51,19 @@ class VllmBackend:
 
     def live_tensors(self) -> Mapping[str, torch.Tensor]:
         """Return parameters and persistent buffers by the loader's names; LoRA's own tensors are not among them."""
-        return _loadable(self._model)
+        return _joined(part.live() for part in self._parts)
 
     def skeleton(self) -> Skeleton:
-        """Return the model as it was constructed."""
-        twin: Any = self._seen.twin
-        return Skeleton(_loadable(twin), self._recorded(twin))
+        """Return the model as it was constructed; with a draft model, where a source has its weights."""
+        model, *drafts = self._parts
+        if not drafts:
+            return _skeleton(self._parts)
+
+        def for_source(sources: ParamTable) -> Skeleton:
+            derived = self.derived()
+            return _skeleton([model, *(draft for draft in drafts if draft.wants(sources, derived))])
+
+        return Skeleton(model.structure(), model.load_twin, for_source)
 
     def loaded_from(self) -> str | None:
         """Return the folder that vLLM read its weights from, or None where it made them up."""
@@ -75,23 +71,27 @@ class VllmBackend:
         return None if load_format == "dummy" else str(self._config.model_config.model)
 
     def load(self, pairs: NamedTensors) -> None:
-        """Run the model's own loader."""
-        model: Any = self._model
-        with set_current_vllm_config(self._config), self._bare():
-            model.load_weights(iter(list(pairs)))
+        """Run the models' own loaders; a draft's first, so that what it shares ends as the answering model's."""
+        given = dict(pairs)
+        model, *drafts = self._parts
+        with self._bare():
+            for draft in drafts:
+                if draft.is_fed_by(given):
+                    self._begin(draft)
+                    draft.load(given.items())
+            model.load(given.items())
 
     def begin_reload(self) -> None:
         """Give modules whose weights vLLM rewrote the loader's layout again; nothing to do where none are."""
-        with set_current_vllm_config(self._config), self._bare():
-            if self._reload is not None:
-                self._reload.abandon()
-            self._reload = ModuleReload(self._rewritten(), self._device)
-            self._reload.begin()
+        if self._reload is not None:
+            self._reload.abandon()
+        self._reload = ModuleReload(self._device)
+        self._begin(self._parts[0])
 
     def end_reload(self) -> None:
         """Have vLLM process them again."""
         if self._reload is not None:
-            with set_current_vllm_config(self._config), self._bare():
+            with self._parts[0].context(), self._bare():
                 self._reload.end()
         self._reload = None
 
@@ -100,14 +100,17 @@ class VllmBackend:
         return name.rpartition(".")[0] or name
 
     def optional(self, name: str) -> bool:
-        """Return True for buffers (scales of the KV cache, expert maps): the engine has values of its own for them."""
-        return name not in _parameters(self._seen.twin)
+        """Return True for buffers (scales of the KV cache, expert maps), which the engine has values of its own for.
+
+        And for a draft model's tensors: not every checkpoint has it.
+        """
+        return is_of_draft(name) or not self._parts[0].is_parameter(name)
 
     def derived(self) -> Mapping[str, Sequence[str]]:
         """Return what vLLM computes from weights after loading: packed copies, absorbed projections of attention."""
-        names = {id(tensor): name for name, tensor in _parameters(self._model).items()}
+        names = {id(t): name for part in self._parts for name, t in part.parameters().items()}
         found: dict[str, list[str]] = {}
-        for path, module in self._deriving():
+        for _, path, module in self._deriving():
             own = {} if processed(module) is not None else module._parameters
             held = {id(p) for p in own.values()}
             feeding = [names[id(p)] for p in module.parameters() if id(p) in names and id(p) not in held]
@@ -117,8 +120,8 @@ class VllmBackend:
     def rederive(self, names: Sequence[str]) -> bool:
         """Compute them again with vLLM's own post-processing."""
         if names:
-            with set_current_vllm_config(self._config):
-                for _, module in self._deriving():
+            for part, _, module in self._deriving():
+                with part.context():
                     self._rederive(module)
         return True
 
@@ -141,35 +144,22 @@ class VllmBackend:
         """Note the version; vLLM's own is the engine core's, which `EngineControl.confirm` tells."""
         self.version = version
 
-    def _recorded(self, twin: Any) -> Any:  # noqa: ANN401
-        def load(pairs: NamedTensors) -> object:
-            with set_current_vllm_config(self._config):
-                return twin.load_weights(pairs)
+    def _begin(self, part: Part) -> None:
+        """Let a model's rewritten modules take part in the running reload."""
+        if self._reload is not None:
+            with part.context(), self._bare():
+                self._reload.begin(part.rewritten())
 
-        return load
-
-    def _rewritten(self) -> list[nn.Module]:
-        """Return modules whose parameters are not what the loader wrote, outermost first."""
-        twins = dict(self._seen.twin.named_modules())
-        return [
-            module
-            for path, module in self._model.named_modules()
-            if getattr(module, "quant_method", None) is not None and _rewritten(module, twins.get(path))
-        ]
-
-    def _deriving(self) -> list[tuple[str, nn.Module]]:
-        """Return modules that hold something computed from parameters that are still the loader's."""
-        from vllm.model_executor.model_loader.utils import is_deferred_attention_layer  # noqa: PLC0415
-
+    def _deriving(self) -> list[tuple[Part, str, nn.Module]]:
+        """Return modules that hold something computed, each once: models share some."""
+        seen: set[int] = set()
         found = []
-        attention = []
-        for path, module in _bare_modules(self._model):
-            note = processed(module)
-            if note is not None and note.keeps and not note.rewrote:
-                found.append((path, module))
-            elif is_deferred_attention_layer(module) and next(module.parameters(), None) is not None:
-                attention.append((path, module))
-        return found + attention
+        for part in self._parts:
+            for path, module in part.deriving() if part.follows else ():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    found.append((part, path, module))
+        return found
 
     def _rederive(self, module: nn.Module) -> None:
         if processed(module) is not None:
@@ -186,49 +176,30 @@ class VllmBackend:
             torch.cuda.synchronize(self._device)
 
 
-def _bare_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (f"{path}.".replace(_BASE_LAYER, ".").rstrip("."), module) for path, module in model.named_modules()
-    ]
+def _skeleton(parts: Sequence[Part]) -> Skeleton:
+    """Return the models' common structure; the answering one's loader is run first."""
+    model, *drafts = parts
+
+    def load(pairs: NamedTensors) -> None:
+        given: list[tuple[str, torch.Tensor]] = []
+        model.load_twin(_noted(pairs, given))
+        for draft in drafts:
+            draft.load_twin(given)
+
+    return Skeleton(_joined(part.structure() for part in parts), load if drafts else model.load_twin)
 
 
-def _rewritten(module: nn.Module, twin: nn.Module | None) -> bool:
-    note = processed(module)
-    if note is not None and note.rewrote:
-        return True
-    if twin is None:
-        return False
-    return _layouts(module) != _layouts(twin)
+def _noted(pairs: NamedTensors, given: list[tuple[str, torch.Tensor]]) -> NamedTensors:
+    for pair in pairs:
+        given.append(pair)
+        yield pair
 
 
-def _layouts(module: nn.Module) -> dict[str, object]:
-    return {name: (p.shape, p.dtype, p.stride()) for name, p in module._parameters.items() if p is not None}
+def _joined(tables: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: tensor for table in tables for name, tensor in table.items()}
 
 
-def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {_bare(name): tensor for name, tensor in model.named_parameters()}
-
-
-def _loadable(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent buffers that Headrace can move, tied ones under their first name."""
-    kept = {
-        f"{path}." if path else "": module._non_persistent_buffers_set
-        for path, module in model.named_modules()
-    }
-    buffers = {
-        _bare(name): tensor
-        for name, tensor in model.named_buffers()
-        if name.rpartition(".")[2] not in kept.get(name[: len(name) - len(name.rpartition(".")[2])], set())
-    }
-    tensors = _parameters(model) | buffers
-    return {name: t for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") in DTYPE_CODES}
-
-
-def _bare(name: str) -> str:
-    return name.replace(_BASE_LAYER, ".")
-
-
-def _identity(config: Any, device: torch.device, model: nn.Module) -> WorkerIdentity:  # noqa: ANN401
+def _identity(config: Any, device: torch.device, parts: Sequence[Part]) -> WorkerIdentity:  # noqa: ANN401
     parallel, hf = config.parallel_config, config.model_config.hf_config
     rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
     worker = WorkerId(f"{socket.gethostname()}-{config.instance_id}", rank)
@@ -236,10 +207,10 @@ def _identity(config: Any, device: torch.device, model: nn.Module) -> WorkerIden
         f"{hf.to_json_string(use_diff=False)}{_quantisation(config)}".encode()
     ).hexdigest()[:16]
     layout = (
-        f"vllm {vllm.__version__} headrace-vllm {version('headrace-vllm')} {type(model).__name__} {digest} "
+        f"vllm {vllm.__version__} headrace-vllm {version('headrace-vllm')} {_models(parts)} {digest} "
         f"{config.model_config.dtype} tp {parallel.tensor_parallel_size} pp {parallel.pipeline_parallel_size} "
         f"ep {parallel.enable_expert_parallel} dp {parallel.data_parallel_size} rank {rank} "
-        f"kernels {_kernels(model)}"
+        f"kernels {_kernels(parts)}"
     )
     uuid = (
         f"cpu-{socket.gethostname()}"
@@ -253,9 +224,15 @@ def _quantisation(config: Any) -> str:  # noqa: ANN401
     return f"{config.model_config.quantization} {config.cache_config.cache_dtype} {config.parallel_config.enable_eplb}"
 
 
-def _kernels(model: nn.Module) -> str:
+def _models(parts: Sequence[Part]) -> str:
+    return " + ".join(
+        f"{part.prefix}{type(part.model).__name__}{'' if part.follows else ' (left)'}" for part in parts
+    )
+
+
+def _kernels(parts: Sequence[Part]) -> str:
     """Return a digest of what post-processing did to the modules: other kernels, another recipe."""
-    notes = [(path, processed(module)) for path, module in model.named_modules()]
+    notes = [(f"{p.prefix}{path}", processed(m)) for p in parts for path, m in p.model.named_modules()]
     text = "\n".join(f"{path} {note}" for path, note in notes if note is not None)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

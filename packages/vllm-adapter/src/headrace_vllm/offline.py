@@ -76,6 +76,7 @@ class _Attached:
     def __init__(self, config: Any, method: str) -> None:  # noqa: ANN401
         self._config = config
         self._method = method
+        self._version: int | None = None
 
     @property
     def address(self) -> str:
@@ -111,8 +112,10 @@ class LlmControl(_Attached):
         self._within(deadline_s, lambda: self._core("pause_scheduler", "keep", clear))
 
     def confirm(self, version: int, deadline_s: float) -> None:
-        """Have vLLM report the version."""
-        self._within(deadline_s, lambda: self._engine.set_weight_version(str(version)))
+        """Have vLLM report the version; one before 0.29 knows none, and this control keeps it."""
+        self._version = version
+        if hasattr(self._engine, "set_weight_version"):
+            self._within(deadline_s, lambda: self._engine.set_weight_version(str(version)))
 
     def resume(self, deadline_s: float) -> None:
         """Let the scheduler go on."""
@@ -120,6 +123,8 @@ class LlmControl(_Attached):
 
     def served_version(self, deadline_s: float) -> int | None:
         """Return the version that vLLM reports, or None where no update was made."""
+        if not hasattr(self._engine, "get_weight_version"):
+            return self._version
         return _number(self._within(deadline_s, self._engine.get_weight_version))
 
     def _core(self, name: str, *args: object) -> object:
@@ -171,8 +176,10 @@ class AsyncLlmControl(_Attached):
         self._wait(self._engine.pause_generation(mode="keep", clear_cache=cache == "recompute"), deadline_s)
 
     def confirm(self, version: int, deadline_s: float) -> None:
-        """Have vLLM report the version."""
-        self._wait(self._engine.update_weight_version(str(version)), deadline_s)
+        """Have vLLM report the version; one before 0.29 knows none, and this control keeps it."""
+        self._version = version
+        if hasattr(self._engine, "update_weight_version"):
+            self._wait(self._engine.update_weight_version(str(version)), deadline_s)
 
     def resume(self, deadline_s: float) -> None:
         """Let forward steps go on."""
@@ -180,6 +187,8 @@ class AsyncLlmControl(_Attached):
 
     def served_version(self, deadline_s: float) -> int | None:
         """Return the version that vLLM reports, or None where no update was made."""
+        if not hasattr(self._engine, "get_weight_version"):
+            return self._version
         return _number(self._wait(self._engine.get_weight_version(), deadline_s))
 
     def _wait(self, call: Coroutine[Any, Any, Any], deadline_s: float) -> Any:  # noqa: ANN401

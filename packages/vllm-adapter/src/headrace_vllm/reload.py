@@ -23,18 +23,18 @@ class ModuleReload:
     Needs memory for a second copy of the modules' parameters between `begin` and `end`.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self._modules = modules
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
 
-    def begin(self) -> None:
-        """Give every module parameters in the loader's layout, and keep those that the kernels read."""
+    def begin(self, modules: Sequence[nn.Module]) -> None:
+        """Give modules parameters in the loader's layout, and keep those that the kernels read. May be repeated."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # noqa: PLC0415
         from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta  # noqa: PLC0415
 
         takes_info = len(inspect.signature(materialize_layer).parameters) > 1
-        for module in self._modules:
+        begun = {id(module) for module, _, _ in self._kept}
+        for module in (module for module in modules if id(module) not in begun):
             self._kept.append((module, dict(module._parameters), dict(module._buffers)))
             info = get_layerwise_info(module)
             restore_layer_on_meta(module, info)

@@ -18,6 +18,8 @@ from headrace_vllm.versions import check_version
 from headrace_vllm.worker import enrol, leave
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from torch import nn
 
@@ -72,6 +74,15 @@ class HeadraceTransferEngine(WeightTransferEngine[HeadraceInitInfo, HeadraceUpda
 
     def finish_weight_update(self) -> None:
         """Do nothing: bytes are in place before the version is told."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:  # noqa: ANN401, ARG004 - vLLM's
+        """Refuse: trainers send by `headrace_trainers`. vLLM before 0.27 asks every engine for this method.
+
+        Raises:
+            LocalProtocolError: Always.
+        """
+        raise LocalProtocolError("a trainer's weights come through headrace_trainers, not through this engine")
 
     def shutdown(self) -> None:
         """End the receiver; a running update fails."""

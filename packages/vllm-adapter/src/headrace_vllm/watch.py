@@ -42,13 +42,11 @@ class Watched:
 
     Attributes:
         twin: The same structure on the meta device, in the loader's layout.
-        instance: vLLM's id of the engine that it was built for; a draft model has its target's.
-        model_path: Where its configuration came from.
+        config: vLLM's configuration that it was built with; a draft's is another than its target's.
     """
 
     twin: nn.Module
-    instance: str
-    model_path: str
+    config: Any
 
 
 _models: WeakKeyDictionary[nn.Module, Watched] = WeakKeyDictionary()
@@ -60,11 +58,17 @@ def watched(model: nn.Module) -> Watched | None:
     return _models.get(model)
 
 
-def models_of(instance: str) -> list[nn.Module]:
-    """Return all watched models of one engine in this process, in order of construction, inner ones left out."""
-    found = [model for model, seen in _models.items() if seen.instance == instance]
-    inner = {id(part) for model in found for part in model.modules() if part is not model}
-    return [model for model in found if id(model) not in inner]
+def drafts_of(config: Any, model: nn.Module) -> list[nn.Module]:  # noqa: ANN401 - a VllmConfig
+    """Return the draft models beside `model` in this process, in order of construction, inner ones left out.
+
+    A draft's configuration is a changed copy of its target's, with another id and the same speculation.
+    """
+    speculation = config.speculative_config
+    if speculation is None:
+        return []
+    found = [each for each, seen in _models.items() if seen.config.speculative_config is speculation]
+    inner = {id(part) for each in found for part in each.modules() if part is not each}
+    return [each for each in found if each is not model and id(each) not in inner]
 
 
 def processed(module: nn.Module) -> Processed | None:
@@ -95,7 +99,7 @@ def _constructed(model: nn.Module) -> None:
     config = get_current_vllm_config()
     if not wanted(config):
         return
-    _models[model] = Watched(skeleton_of(model), config.instance_id, config.model_config.model)
+    _models[model] = Watched(skeleton_of(model), config)
     # A head that equals the embedding would become the same memory, and could never again differ from it.
     if getattr(config.model_config, "word_embeddings_untied_by_checkpoint", False):
         config.model_config.word_embeddings_untied_by_checkpoint = False

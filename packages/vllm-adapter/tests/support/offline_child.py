@@ -1,7 +1,8 @@
 """Runs an `LLM` in this one process through updates: `python offline_child.py SPEC.json OUT.json`.
 
 SPEC holds `checkpoints` (the first is the engine's own), `prompt`, `num_tokens`, `unpacked`, and `engine`: options of
-`LLM`. With `lora`, a folder, every question is asked with that adapter too.
+`LLM`. With `lora`, a folder, every question is asked with that adapter too. Where a draft model guesses, what it
+guessed is part of the answer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,20 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+GUESSES: list[int] = []
+
+
+def watch_guesses(worker: Any) -> None:
+    """Note every token that the worker's draft model finds likeliest."""
+    model = worker.model_runner.drafter.model
+    compute = model.compute_logits
+
+    def compute_logits(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = compute(hidden, *args, **kwargs)
+        GUESSES.extend(logits.argmax(-1).flatten().tolist())
+        return logits
+
+    model.compute_logits = compute_logits
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -36,15 +51,19 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         spec["checkpoints"][0],
         **{**small, "weight_transfer_config": {"backend": "headrace"}, **spec["engine"]},
     )
+    if "speculative_config" in spec["engine"]:
+        llm.collective_rpc(watch_guesses)
     sampling = SamplingParams(temperature=0, max_tokens=spec["num_tokens"], ignore_eos=True, logprobs=1)
 
     def answer(lora: object = None) -> dict[str, Any]:
+        GUESSES.clear()
         out = llm.generate(
             [{"prompt_token_ids": spec["prompt"]}], sampling, use_tqdm=False, lora_request=lora
         )[0].outputs[0]
         return {
             "tokens": list(out.token_ids),
             "logprobs": [out.logprobs[i][t].logprob for i, t in enumerate(out.token_ids)],
+            "guesses": list(GUESSES),
         }
 
     control = headrace_vllm.attach(llm)
@@ -62,6 +81,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
                 report = server.update(control, verify=spec.get("verify", "digest"))
                 result["opaque"] = len(report.workers[0].opaque_names)
                 result["unused"] = list(report.unused_names)
+                result["left"] = list(report.workers[0].left_names)
             except HeadraceError as error:
                 result["error"], result["weights_state"] = str(error), error.weights_state
         results.append(result | state())

@@ -85,11 +85,12 @@ class RecipeBook:
 
     def _make(self, metas: ParamTable) -> Entry:
         self._check_kinds(metas)
-        identity = self._backend.identity()
-        cached = self._cache.get(identity.layout, metas)
+        skeleton = self._backend.skeleton()
+        if skeleton is not None and skeleton.for_source is not None:
+            skeleton = skeleton.for_source(metas)
+        cached = self._cache.get(self._backend.identity().layout, metas)
         if cached is not None:
             return Entry(cached, None)
-        skeleton = self._backend.skeleton()
         if skeleton is None:
             return Entry(opaque_recipe(metas, self._live()), None)
         with self._recorder.span("record"):
@@ -154,8 +155,10 @@ class RecipeBook:
     def _through_loader(self, recorded: LoadRecipe, metas: ParamTable) -> LoadRecipe:
         """Return the recipe of an update that proves another: all sources that the loader uses go through it."""
         everything = opaque_recipe(metas, self._live())
-        used = np.setdiff1d(everything.opaque, recorded.unused)
-        return replace(everything, opaque=used.astype(np.int32), unused=recorded.unused)
+        used = np.setdiff1d(everything.opaque, recorded.unused).astype(np.int32)
+        left = frozenset(recorded.left)
+        reasons = {name: why for name, why in everything.opaque_reasons.items() if name not in left}
+        return replace(everything, opaque=used, unused=recorded.unused, opaque_reasons=reasons)
 
     def _proven_at_start(self, recorded: LoadRecipe, metas: ParamTable) -> Entry | None:
         """Prove against the checkpoint that the engine was started from, while its weights still are those."""

@@ -284,6 +284,7 @@ def _worker_report(member: Member) -> WorkerReport:
         live_bytes=live_bytes(member.recipe, plan),
         opaque_names=tuple(member.recipe.sources[int(i)].name for i in plan.opaque),
         casts=casts(member.recipe),
+        left_names=member.recipe.left,
         stage_s=seconds("map", "build", "stage"),
         commit_s=seconds("copy", "load"),
         verify_s=seconds("verify"),
