@@ -14,6 +14,8 @@ from headrace.types import I32, I64
 F64 = npt.NDArray[np.float64]
 _MOST_ROUNDS = 200
 _CLOSE = 1e-4
+_MANY = 1 << 16
+_MOST_MOVES = 32
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _deal(num_bytes: I64, group: I32, candidates: Sequence[I64], poured: Sequenc
 def _even_out(giver: I32, num_bytes: I64, group: I32, candidates: Sequence[I64], rates: F64) -> I32:
     """Move single reads from the link that ends last to one that ends earlier, as long as that helps."""
     loads = np.bincount(giver, num_bytes, len(rates)).astype(np.float64)
-    for _ in range(4 * len(rates)):
+    for _ in range(_MOST_MOVES if len(giver) > _MANY else 4 * len(rates)):
         worst = int(np.argmax(loads / rates))
         end = loads[worst] / rates[worst]
         rows = np.flatnonzero(giver == worst)
