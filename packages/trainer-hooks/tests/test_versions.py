@@ -60,7 +60,7 @@ class Rank:
     def step(self) -> None:
         self.fence.begin_write(30)
         for value in self.values:
-            value += 1
+            value.add_(1)
             time.sleep(1e-4)
         self.fence.end_write()
 

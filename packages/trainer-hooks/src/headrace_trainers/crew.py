@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +25,9 @@ _numbers = itertools.count()
 _FIRST_POLL_S = 0.001
 _POLL_S = 0.25
 JOIN_S = 15.0
+_OUTCOME_POLL_S = 0.01
 _CLOSED = "closed"
+_OUTCOME = "outcome"
 
 
 class Crew:
@@ -60,11 +62,6 @@ class Crew:
         if self._store is not None:
             self._store.set(f"{self._prefix}/{key}", text)
 
-    def forget(self, key: str) -> None:
-        """Take back what was said, once everybody has heard it."""
-        if self._store is not None:
-            self._store.delete_key(f"{self._prefix}/{key}")
-
     def dismiss(self) -> None:
         """Tell the other ranks that they are needed no more; by rank 0."""
         with suppress(RuntimeError):
@@ -77,7 +74,13 @@ class Crew:
         return bytes(self._store.get(f"{self._prefix}/{key}")).decode()
 
     def wait_heard(
-        self, key: str, deadline_s: float, poll_s: float, stop: Callable[[], bool] = lambda: False
+        self,
+        key: str,
+        deadline_s: float,
+        poll_s: float,
+        *,
+        accept: Callable[[str], bool] = lambda _text: True,
+        stop: Callable[[], bool] = lambda: False,
     ) -> str | None:
         """Wait until rank 0 says something under a key; None where it does not, or `stop` turns true.
 
@@ -85,11 +88,23 @@ class Crew:
         """
         limit, pause_s = time.monotonic() + deadline_s, _FIRST_POLL_S
         while time.monotonic() < limit and not stop():
-            if (text := self.heard(key)) is not None:
+            text = self.heard(key)
+            if text is not None and accept(text):
                 return text
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, poll_s)
         return None
+
+    def tell_outcome(self, number: int, failures: Mapping[str, str]) -> None:
+        """Say what became of a round; by rank 0. A later one replaces it: whoever is late hears that."""
+        self.tell(_OUTCOME, json.dumps({"round": number, "failures": dict(failures)}))
+
+    def wait_outcome(self, number: int, deadline_s: float) -> dict[str, str] | None:
+        """Return the failures of a round, or of one after it; None where rank 0 says nothing within the deadline."""
+        text = self.wait_heard(
+            _OUTCOME, deadline_s, _OUTCOME_POLL_S, accept=lambda said: json.loads(said)["round"] >= number
+        )
+        return None if text is None else dict(json.loads(text)["failures"])
 
 
 class CrewHolder:
@@ -113,7 +128,7 @@ class CrewHolder:
         try:
             while not self._closed.is_set():
                 key = f"ticket/{rounds}/{self._crew.rank}"
-                text = self._crew.wait_heard(key, float("inf"), _POLL_S, self._closed.is_set)
+                text = self._crew.wait_heard(key, float("inf"), _POLL_S, stop=self._closed.is_set)
                 if text is None:
                     return
                 rounds += 1
@@ -131,6 +146,6 @@ class CrewHolder:
         """Hold until rank 0 needs this rank no more, or is gone, at most until the deadline. Idempotent."""
         if not self._closed.is_set():
             with suppress(RuntimeError):
-                self._crew.wait_heard(_CLOSED, deadline_s, _POLL_S, lambda: not self._thread.is_alive())
+                self._crew.wait_heard(_CLOSED, deadline_s, _POLL_S, stop=lambda: not self._thread.is_alive())
         self._closed.set()
         self._thread.join(JOIN_S)

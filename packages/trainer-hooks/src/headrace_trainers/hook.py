@@ -20,7 +20,6 @@ from headrace_trainers.shards import shards_of
 from headrace_trainers.source import ShardSource
 
 logger = logging.getLogger(__name__)
-_OUTCOME_POLL_S = 0.01
 _FAILED = "failed"
 
 
@@ -50,7 +49,6 @@ class Hook:
         self._holder = CrewHolder(self._source, self._crew) if self._crew.rank else None
         self._waited_s = self._told_s = 0.0
         self._rounds = 0
-        self._shared: str | None = None
         self._failures: dict[str, str] = {}
         self._closed = False
         atexit.register(self.close, publish=False)
@@ -139,8 +137,8 @@ class Hook:
                 if wait:
                     self._share(outcome)
             elif wait:
-                said = self._crew.wait_heard(f"outcome/{self._rounds}", self.settings.deadline_s, _OUTCOME_POLL_S)
-                self._failures = {"": "rank 0 said nothing about the update"} if said is None else json.loads(said)
+                said = self._crew.wait_outcome(self._rounds, self.settings.deadline_s)
+                self._failures = {"": "rank 0 said nothing about the update"} if said is None else said
         except (HeadraceError, RuntimeError) as error:  # the hub, or torch's store
             self._failures = {"": f"{type(error).__name__}: {error}"}
             logger.warning("rank %d could not publish, training goes on: %s", self._crew.rank, error)
@@ -152,10 +150,7 @@ class Hook:
             self._failures = outcome.failures
         else:
             self._failures = {"": f"the update did not end within {self.settings.deadline_s:g} s"}
-        self._crew.tell(f"outcome/{self._rounds}", json.dumps(self._failures))
-        if self._shared is not None:
-            self._crew.forget(self._shared)
-        self._shared = f"outcome/{self._rounds}"
+        self._crew.tell_outcome(self._rounds, self._failures)
 
     def _deliver(self) -> None:
         """Hand reports over, in the training thread; rank 0 has them."""

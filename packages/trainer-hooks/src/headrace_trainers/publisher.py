@@ -149,8 +149,7 @@ class Publisher:
         """Log each failure when it is new, and once when an engine is well again."""
         for name, text in failures.items():
             if name not in self._told:
-                where = f" of {name}" if name else ""
-                logger.warning("the update%s failed, training goes on and the next one catches up: %s", where, text)
+                logger.warning("the update%s failed; the next one catches up: %s", f" of {name}" if name else "", text)
         for name in self._told - failures.keys():
             logger.info("the engine %s takes updates again", name or "list")
         self._told = set(failures)

@@ -1,0 +1,224 @@
+"""Hugging Face's Trainer, Accelerate and Lightning, each in its own idiom, into a real engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="trainers and the embedded engine need transformers")
+pytest.importorskip("accelerate", reason="the session `trainers` of nox installs Accelerate")
+
+import torch
+from trainer_world import ODD, batch, compare, join, load, optimizer_of
+
+from headrace.testing.engine_process import EngineProcess, free_port
+from headrace.testing.ranks import run_ranks
+from headrace.testing.tiny_model import make_tiny_qwen3
+
+FLOAT = torch.float32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[EngineProcess]:
+    with EngineProcess(folder, 1, "--dtype", "float32") as made:
+        yield made
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()}
+
+
+def examples(count: int) -> list[dict[str, torch.Tensor]]:
+    rows = [batch(number, 0)[0] for number in range(count)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def hugging_face(folder: Path, out: Path, url: str, **options: Any) -> tuple[Any, Any, list[str]]:
+    """Train with a Trainer for three steps; returns it, its callback, and what was wrong after any step."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from headrace_trainers.transformers import attach
+
+    found: list[str] = []
+
+    class Compare(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            whole = gathered(kwargs["model"])
+            if args.process_index == 0:
+                dtype = next(iter(whole.values())).dtype
+                found.extend(f"step {state.global_step}: {one}" for one in compare(url, whole, dtype, FLOAT))
+
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        **options,
+    )
+    trainer = Trainer(load(folder), arguments, train_dataset=examples(24), callbacks=[Compare()])
+    callback = attach(trainer, to=f"torch={url}", mode="wait", on_error="raise")
+    trainer.train()
+    return trainer, callback, found
+
+
+def gathered(model: Any) -> dict[str, torch.Tensor]:
+    parameters = list(model.parameters())
+    if not hasattr(parameters[0], "ds_tensor"):
+        return weights(model)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        return weights(model)
+
+
+def hf_alone(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
+    trainer, _, found = hugging_face(folder, out, url, gradient_accumulation_steps=2)
+    assert found == []
+    logged = [entry for entry in trainer.state.log_history if "headrace/version" in entry]
+    assert [entry["headrace/step"] for entry in logged] == [1, 2, 3]
+
+
+@pytest.mark.timeout(150)
+def test_trainer_of_hugging_face(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
+    run_ranks(hf_alone, 1, 100, engine.url, folder, tmp_path)
+
+
+def hf_zero(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path, stage: int) -> None:
+    import os
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "bf16": {"enabled": True},
+    }
+    trainer, _, found = hugging_face(folder, out / str(rank), url, deepspeed=config, ddp_backend="gloo", bf16=True)
+    assert found == []
+    assert rank or any("headrace/version" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trainer_of_hugging_face_with_deepspeed(
+    engine: EngineProcess, folder: Path, tmp_path: Path, stage: int
+) -> None:
+    pytest.importorskip("deepspeed", reason="the session `trainers` of nox installs DeepSpeed")
+    run_ranks(hf_zero, 2, 150, free_port(), engine.url, folder, tmp_path, stage)
+
+
+def with_accelerate(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path) -> None:
+    import os
+
+    os.environ |= {"ACCELERATE_USE_CPU": "true"}
+    join(rank, world_size, port)
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    from headrace_trainers.accelerate import attach
+
+    logged: list[dict[str, float]] = []
+
+    class Tracker(GeneralTracker):
+        name = "list"
+        requires_logging_directory = False
+
+        @property
+        def tracker(self) -> None:
+            return None
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            pass
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
+            logged.append(values)
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, log_with=[Tracker()])
+    accelerator.init_trackers("test")
+    model = load(folder)
+    model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    with attach(accelerator, model, optimizer, to=f"torch={url}", mode="wait", on_error="raise") as hook:
+        for number in range(1, 5):
+            with accelerator.accumulate(model):
+                tokens = batch(number, rank)
+                accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert hook.step == number // 2
+            if rank == 0 and number % 2 == 0:
+                assert compare(url, weights(model), FLOAT, FLOAT) == []
+    assert rank or [entry["headrace/step"] for entry in logged] == [1, 2]
+
+
+@pytest.mark.timeout(150)
+def test_accelerate(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
+    run_ranks(with_accelerate, 2, 100, free_port(), engine.url, folder, tmp_path)
+
+
+def with_lightning(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
+    warnings.filterwarnings("ignore", module="lightning")
+    import lightning
+    from lightning.pytorch.loggers import CSVLogger
+
+    from headrace_trainers.lightning import HeadraceCallback
+
+    found: list[str] = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = load(folder)
+            self.unused = torch.nn.Linear(2, 2)
+
+        def training_step(self, rows: dict[str, torch.Tensor], _number: int) -> torch.Tensor:
+            return self.model(**rows).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer_of(self.model)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            found.extend(compare(url, weights(self.model), FLOAT, FLOAT))
+
+    callback = HeadraceCallback(f"torch={url}", prefix="model.", mode="wait", on_error="raise")
+    logger = CSVLogger(str(out), flush_logs_every_n_steps=1)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=3,
+        callbacks=[callback],
+        logger=logger,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=2,
+        log_every_n_steps=1,
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(examples(12), batch_size=2))
+    assert found == []
+    assert callback.hook is None
+    assert "headrace/version" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+@pytest.mark.timeout(150)
+def test_lightning(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="the session `trainers` of nox installs Lightning")
+    run_ranks(with_lightning, 1, 100, engine.url, folder, tmp_path)
