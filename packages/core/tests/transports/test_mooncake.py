@@ -180,7 +180,8 @@ def test_batches_read_what_copies_need(seed: int) -> None:
         src = random_strides(shape, order, item, rng)
         dense = tuple(int(np.prod(shape[d + 1 :])) * item for d in range(len(shape)))
         rows.append(CopyRow(shape=shape, src_strides=src, dst_strides=dense, src_block=int(rng.integers(2)),
-                            src_base=int(rng.integers(1 << 16)), dst_base=at, src_dtype=name, dst_dtype=name))  # fmt: skip
+                            src_base=int(rng.integers(1 << 16)), dst_base=at,
+                            src_dtype=name, dst_dtype=name))  # fmt: skip
         at += int(np.prod(shape)) * item
     copies = table_of(rows)
     sources = [content(0, 1 << 22), content(1, 1 << 22)]

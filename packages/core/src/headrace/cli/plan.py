@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
+from headrace.cli.simulated_fabric import fabric_json, fabric_table, is_fabric, predictions
 from headrace.cli.targets import Ca, Certificate, Headers, Insecure, ToOption, engine_targets
 from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
 from headrace.errors import ConfigError
@@ -29,10 +30,14 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    checkpoint: Annotated[Path, typer.Option(help="Folder or file of safetensors.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder or file of safetensors.")] = None,
     to: Annotated[list[str] | None, ToOption] = None,
     simulate: Annotated[
-        str | None, typer.Option(help="A cluster instead: tp=8,instances=4,hosts=2,holders=8.")
+        str | None,
+        typer.Option(
+            help="A cluster instead: tp=8,instances=4,hosts=2,holders=8. Without a checkpoint its links alone: "
+            "gb=1030,tp=16,hosts=32,nic-gbit=400; or `published`."
+        ),
     ] = None,
     route: Annotated[str, typer.Option(help="auto, direct or broadcast.")] = "auto",
     transport: Annotated[str, typer.Option(help="auto, memory or tcp.")] = "auto",
@@ -56,6 +61,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what an update would move where, and why; no engine is paused, no weight is changed."""
+    if simulate and is_fabric(simulate):
+        _print_fabric(simulate, as_json=as_json)
+        return
+    if checkpoint is None:
+        raise ConfigError(
+            "a plan needs a --checkpoint, or a --simulate that names gb=SIZE", name="checkpoint"
+        )
     settings = UpdateSettings(
         route=_any(route),
         transport=transport,
@@ -77,6 +89,14 @@ def plan(
         print_json(plan_json(report, gb_per_s))
     else:
         _print(report, gb_per_s)
+
+
+def _print_fabric(spec: str, *, as_json: bool) -> None:
+    found = predictions(spec)
+    if as_json:
+        print_json(fabric_json(found))
+    else:
+        stdout().print(fabric_table(found))
 
 
 def _any(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says what is allowed

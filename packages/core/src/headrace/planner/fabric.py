@@ -171,7 +171,8 @@ def predict_all(fabric: Fabric, num_bytes: int, tp: int, layout: Layout) -> list
     """Return every route that gets a version of `num_bytes` into every reader's GPUs.
 
     p2p is what is built: the whole version into the host's memory first, `direct` from there afterwards; the engine
-    stands still only for the second part.
+    stands still only for the second part. A broadcast is left out where some hosts only give: all would have to take
+    part in it.
     """
     direct = predict_direct(fabric, num_bytes, tp)
     if fabric.hosts == 1:
@@ -184,4 +185,5 @@ def predict_all(fabric: Fabric, num_bytes: int, tp: int, layout: Layout) -> list
         network.network_bytes,
         f"{network.why}, then each GPU's own link",
     )
-    return [both, predict_broadcast(fabric, num_bytes)]
+    takes_all = len(layout.readers) == fabric.hosts
+    return [both, predict_broadcast(fabric, num_bytes)] if takes_all else [both]
