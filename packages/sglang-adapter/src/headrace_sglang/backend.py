@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,9 @@ import sglang
 import torch
 from torch import nn
 
-from headrace.adapter.backend import ModelBackend, device_uuid
-from headrace.adapter.modules import layouts, parameters
-from headrace.adapter.watch import kernels_digest, twin_of
+from headrace.adapter.backend import ModelBackend, device_uuid, models_layout
+from headrace.adapter.part import Part
+from headrace.adapter.watch import twin_of
 from headrace.errors import ApplyError, BackendUnavailableError
 from headrace.protocols import WorkerIdentity
 from headrace.types import WorkerId
@@ -46,7 +45,9 @@ class SglangBackend(ModelBackend):
             )
             raise BackendUnavailableError(message, name="sglang")
         device = next(runner.model.parameters()).device
-        super().__init__(runner.model, twin, device, _identity(scheduler, runner, instance, device))
+        part = Part(runner.model, twin)
+        super().__init__([part], device, _identity(scheduler, runner, instance, part))
+        self._part = part
         self._scheduler = scheduler
         self._runner = runner
 
@@ -57,14 +58,12 @@ class SglangBackend(ModelBackend):
         return None if made_up else str(self._runner.model_config.model_path)
 
     def restore(self, module: nn.Module) -> None:
-        """Have SGLang restore the loader's layout where it can; else make parameters as they were constructed."""
+        """Give a rewritten module new parameters as they were constructed, and tell SGLang's method so."""
+        for name, made in self._twin_of(module)._parameters.items():
+            module._parameters[name] = None if made is None else _materialized(made, self._device)
         layer: Any = module
         if hasattr(layer.quant_method, "restore_weights_before_loading"):
             layer.quant_method.restore_weights_before_loading(module)
-        twin = self._twin_of(module)
-        if layouts(module) != layouts(twin):
-            for name, made in twin._parameters.items():
-                module._parameters[name] = None if made is None else _materialized(made, self._device)
 
     def derived(self) -> Mapping[str, Sequence[str]]:
         """Return what SGLang computes from weights after loading: packed copies, absorbed projections of attention."""
@@ -73,9 +72,8 @@ class SglangBackend(ModelBackend):
     def rederive(self, names: Sequence[str]) -> bool:
         """Compute them again with SGLang's own post-processing."""
         super().rederive(names)
-        if names and hasattr(self._model, "post_load_weights"):
-            model: Any = self._model
-            model.post_load_weights()
+        if names and hasattr(self._part.model, "post_load_weights"):
+            self._part.model.post_load_weights()
         return True
 
     @contextmanager
@@ -101,12 +99,12 @@ class SglangBackend(ModelBackend):
 
     def _absorbed(self) -> dict[str, list[str]]:
         """Return tensors that the model itself computes after loading, and all that may feed them."""
-        if not hasattr(self._model, "post_load_weights"):
+        if not hasattr(self._part.model, "post_load_weights"):
             return {}
-        names = {id(tensor): name for name, tensor in parameters(self._model).items()}
-        twins = dict(self._twin.named_modules())
+        names = {id(tensor): name for name, tensor in self._part.parameters().items()}
+        twins = dict(self._part.twin.named_modules())
         found: dict[str, list[str]] = {}
-        for path, module in self._model.named_modules():
+        for path, module in self._part.modules():
             made = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
             had = vars(twins[path]) if path in twins else {}
             feeding = [names[id(p)] for p in module.parameters() if id(p) in names]
@@ -115,8 +113,9 @@ class SglangBackend(ModelBackend):
         return found
 
     def _twin_of(self, module: nn.Module) -> nn.Module:
-        path = next(path for path, own in self._model.named_modules() if own is module)
-        return self._twin.get_submodule(path)
+        path = next(path for path, own in self._part.model.named_modules() if own is module)
+        twin: nn.Module = self._part.twin.get_submodule(path)
+        return twin
 
 
 def _materialized(twin: torch.Tensor, device: torch.device) -> Any:  # noqa: ANN401 - a parameter of the twin's class
@@ -136,20 +135,20 @@ def _forget_embeddings() -> None:
         mm_schedule.init_mm_embedding_cache(cache.max_size)
 
 
-def _identity(scheduler: Any, runner: Any, instance: str, device: torch.device) -> WorkerIdentity:  # noqa: ANN401
+def _identity(scheduler: Any, runner: Any, instance: str, part: Part) -> WorkerIdentity:  # noqa: ANN401
     from sglang.srt.runtime_context import get_parallel  # noqa: PLC0415
 
     parallel, config, arguments = get_parallel(), runner.model_config, scheduler.server_args
     replicas = 1 if parallel.attn_dp_enabled else parallel.num_dp_ranks
     replica = 0 if parallel.attn_dp_enabled else parallel.dp_rank or 0
     rank = replica * parallel.tp_size + parallel.tp_rank
-    digest = hashlib.sha256(
-        f"{config.hf_config.to_json_string(use_diff=False)}{config.quantization} {arguments.kv_cache_dtype}".encode()
-    ).hexdigest()[:16]
+    hf = config.hf_config.to_json_string(use_diff=False)
     layout = (
-        f"sglang {sglang.__version__} headrace-sglang {version('headrace-sglang')} {type(runner.model).__name__} "
-        f"{digest} {config.dtype} tp {parallel.tp_size} ep {arguments.ep_size} dp {parallel.num_dp_ranks} "
-        f"attention dp {parallel.attn_dp_enabled} rank {parallel.tp_rank} kernels {kernels_digest(runner.model)}"
+        f"sglang {sglang.__version__} headrace-sglang {version('headrace-sglang')} "
+        f"{models_layout([part], hf, config.quantization, arguments.kv_cache_dtype)} {config.dtype} "
+        f"tp {parallel.tp_size} ep {arguments.ep_size} dp {parallel.num_dp_ranks} "
+        f"attention dp {parallel.attn_dp_enabled} rank {parallel.tp_rank}"
     )
+    device = next(runner.model.parameters()).device
     worker = WorkerId(f"{socket.gethostname()}-{instance}", rank)
     return WorkerIdentity(worker, replicas * parallel.tp_size, str(device), device_uuid(device), layout)

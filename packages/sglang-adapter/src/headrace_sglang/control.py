@@ -29,10 +29,12 @@ class SglangControl(HttpEngine):
     """
 
     health: ClassVar[str] = _ROUTE
+    _stored: bool | None = None
 
     def expected_receivers(self, deadline_s: float) -> int:
         """Return the number of schedulers over all data-parallel replicas behind this address."""
-        count = self._request("GET", _ROUTE, deadline_s).get("receivers")
+        told = self._request("GET", _ROUTE, deadline_s)
+        self._stored, count = bool(told.get("stored")), told.get("receivers")
         if not isinstance(count, int) or count < 1:
             raise RemoteProtocolError(f"{self._url}{_ROUTE} names no receivers; is it an SGLang server?")
         return count
@@ -43,11 +45,13 @@ class SglangControl(HttpEngine):
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop forward steps; with `recompute` requests give up their KV, and all of it is dropped."""
+        if self._stored is None:
+            self.expected_receivers(deadline_s)
         mode = "retract" if cache == "recompute" else "in_place"
         self._request("POST", "/pause_generation", deadline_s, json={"mode": mode})
         if cache == "recompute":
             self._request("POST", "/flush_cache", deadline_s)
-            if self._request("GET", _ROUTE, deadline_s).get("stored"):
+            if self._stored:
                 self._request("POST", "/hicache/storage-backend/clear", deadline_s)
 
     def confirm(self, version: int, deadline_s: float) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 
 from sglang_server import SMALL, answer_of
 
+if os.environ.get("HEADRACE_TEST_PACKED") == "1":
+    import packed  # noqa: F401 - schedulers are started anew and import this module too
+
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Answer, update, answer again, for every checkpoint."""

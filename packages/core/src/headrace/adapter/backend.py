@@ -1,4 +1,4 @@
-"""ModelBackend: the InferenceBackend of a worker whose model is a `torch.nn.Module` with vLLM's kind of layers.
+"""ModelBackend: the InferenceBackend of a worker whose models are `torch.nn.Module`s with vLLM's kind of layers.
 
 That is: `model.load_weights(pairs)`, and modules with a `quant_method` that processes them after loading. The adapter
 of an engine names what is the engine's own, in the methods that are marked so.
@@ -6,8 +6,9 @@ of an engine names what is the engine's own, in the methods that are marked so.
 
 from __future__ import annotations
 
+import hashlib
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,54 +16,45 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from headrace.adapter.modules import bare_modules, loadable, parameters
+from headrace.adapter.part import Part, is_of_draft
 from headrace.adapter.reload import ModuleReload
-from headrace.adapter.watch import processed, was_rewritten
+from headrace.adapter.watch import processed
 from headrace.protocols import Skeleton, WorkerIdentity
 
 if TYPE_CHECKING:
     from headrace.protocols import NamedTensors
+    from headrace.types import ParamTable
 
 
 class ModelBackend:
-    """One worker's model as the receiver sees it. Made once per worker, after its weights are loaded.
+    """One worker's models as the receiver sees them. Made once per worker, after its weights are loaded.
 
     Args:
-        model: The model.
-        twin: The same as it was constructed, on the meta device.
-        device: Where the model lies.
+        parts: The model that answers, then draft models.
+        device: Where they lie.
         identity: Who the worker is.
     """
 
-    def __init__(self, model: nn.Module, twin: nn.Module, device: torch.device, identity: WorkerIdentity) -> None:
-        self._model = model
-        self._twin = twin
+    def __init__(self, parts: Sequence[Part], device: torch.device, identity: WorkerIdentity) -> None:
+        self._parts = parts
         self._device = device
         self._identity = identity
         self._reload: ModuleReload | None = None
         self.version: int | None = None
 
-    def loading(self) -> AbstractContextManager[object]:
-        """Return what the engine's loader and post-processing must run in. The engine's own."""
-        return nullcontext()
-
     def bare(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is without wrappers that its loader does not know. The engine's own."""
+        """Return a context in which models are without wrappers that their loaders do not know. The engine's own."""
         return nullcontext()
 
     def restore(self, module: nn.Module) -> None:
         """Give a rewritten module parameters in the loader's layout. The engine's own."""
-        raise TypeError(f"{type(self).__name__} cannot reload {type(module).__name__}")
+        message = f"{type(self).__name__} cannot reload {type(module).__name__}"
+        raise TypeError(message)
 
     def process(self, module: nn.Module) -> None:
         """Run the engine's post-processing of a module again. The engine's own."""
         layer: Any = module
         layer.quant_method.process_weights_after_loading(module)
-
-    def deriving(self) -> list[tuple[str, nn.Module]]:
-        """Return modules that hold something computed from parameters that are still the loader's."""
-        noted = [(path, module, processed(module)) for path, module in bare_modules(self._model)]
-        return [(path, module) for path, module, note in noted if note and note.keeps and not note.rewrote]
 
     def identity(self) -> WorkerIdentity:
         """Return who this worker is."""
@@ -70,30 +62,42 @@ class ModelBackend:
 
     def live_tensors(self) -> Mapping[str, torch.Tensor]:
         """Return parameters and persistent buffers by the loader's names; LoRA's own tensors are not among them."""
-        return loadable(self._model)
+        return _joined(part.live() for part in self._parts)
 
     def skeleton(self) -> Skeleton:
-        """Return the model as it was constructed."""
-        return Skeleton(loadable(self._twin), self._record)
+        """Return the model as it was constructed; with a draft model, where a source has its weights."""
+        model, *drafts = self._parts
+        if not drafts:
+            return _skeleton(self._parts)
+
+        def for_source(sources: ParamTable) -> Skeleton:
+            derived = self.derived()
+            return _skeleton([model, *(draft for draft in drafts if draft.wants(sources, derived))])
+
+        return Skeleton(model.structure(), model.load_twin, for_source)
 
     def load(self, pairs: NamedTensors) -> None:
-        """Run the model's own loader."""
-        model: Any = self._model
-        with self.loading(), self.bare():
-            model.load_weights(iter(list(pairs)))
+        """Run the models' own loaders; a draft's first, so that what it shares ends as the answering model's."""
+        given = dict(pairs)
+        model, *drafts = self._parts
+        with self.bare():
+            for draft in drafts:
+                if draft.is_fed_by(given):
+                    self._begin(draft)
+                    draft.load(given.items())
+            model.load(given.items())
 
     def begin_reload(self) -> None:
         """Give modules whose weights were rewritten the loader's layout again; nothing to do where none are."""
-        with self.loading(), self.bare():
-            if self._reload is not None:
-                self._reload.abandon()
-            self._reload = ModuleReload(self._rewritten(), self.restore, self.process)
-            self._reload.begin()
+        if self._reload is not None:
+            self._reload.abandon()
+        self._reload = ModuleReload(self.restore, self.process)
+        self._begin(self._parts[0])
 
     def end_reload(self) -> None:
         """Have the engine process them again."""
         if self._reload is not None:
-            with self.loading(), self.bare():
+            with self._parts[0].context(), self.bare():
                 self._reload.end()
         self._reload = None
 
@@ -102,14 +106,17 @@ class ModelBackend:
         return name.rpartition(".")[0] or name
 
     def optional(self, name: str) -> bool:
-        """Return True for buffers (scales of the KV cache, expert maps): the engine has values of its own for them."""
-        return name not in parameters(self._twin)
+        """Return True for buffers (scales of the KV cache, expert maps), which the engine has values of its own for.
+
+        And for a draft model's tensors: not every checkpoint has it.
+        """
+        return is_of_draft(name) or not self._parts[0].is_parameter(name)
 
     def derived(self) -> Mapping[str, Sequence[str]]:
         """Return what the engine computes from weights after loading: packed copies, absorbed projections."""
-        names = {id(tensor): name for name, tensor in parameters(self._model).items()}
+        names = {id(t): name for part in self._parts for name, t in part.parameters().items()}
         found: dict[str, list[str]] = {}
-        for path, module in self.deriving():
+        for _, path, module in self._deriving():
             own = {} if processed(module) is not None else module._parameters
             held = {id(p) for p in own.values()}
             feeding = [names[id(p)] for p in module.parameters() if id(p) in names and id(p) not in held]
@@ -119,8 +126,8 @@ class ModelBackend:
     def rederive(self, names: Sequence[str]) -> bool:
         """Compute them again with the engine's own post-processing."""
         if names:
-            with self.loading():
-                for _, module in self.deriving():
+            for part, _, module in self._deriving():
+                with part.context():
                     self.process(module)
         return True
 
@@ -133,7 +140,7 @@ class ModelBackend:
     @contextmanager
     def commit_scope(self) -> Iterator[None]:
         """Order writes against forward steps: the engine is paused and its device idle on both ends."""
-        frozen = any(tensor.is_inference() for tensor in self._model.parameters())
+        frozen = any(tensor.is_inference() for tensor in self._parts[0].model.parameters())
         with torch.inference_mode(frozen), torch.no_grad():
             self._synchronize()
             yield
@@ -143,23 +150,39 @@ class ModelBackend:
         """Note the version; the engine's own is its front's, which `EngineControl.confirm` tells."""
         self.version = version
 
-    def _record(self, pairs: NamedTensors) -> object:
-        twin: Any = self._twin
-        with self.loading():
-            return twin.load_weights(pairs)
+    def _begin(self, part: Part) -> None:
+        """Let a model's rewritten modules take part in the running reload."""
+        if self._reload is not None:
+            with part.context(), self.bare():
+                self._reload.begin(part.rewritten())
 
-    def _rewritten(self) -> list[nn.Module]:
-        """Return modules whose parameters are not what the loader wrote, outermost first."""
-        twins = dict(self._twin.named_modules())
-        return [
-            module
-            for path, module in self._model.named_modules()
-            if getattr(module, "quant_method", None) is not None and was_rewritten(module, twins.get(path))
-        ]
+    def _deriving(self) -> list[tuple[Part, str, nn.Module]]:
+        """Return modules that hold something computed, each once: models share some."""
+        seen: set[int] = set()
+        found = []
+        for part in self._parts:
+            for path, module in part.deriving() if part.follows else ():
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    found.append((part, path, module))
+        return found
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def models_layout(parts: Sequence[Part], *configurations: object) -> str:
+    """Return what of the models decides what their loaders do, for `WorkerIdentity.layout`.
+
+    Classes, a digest of the configurations, and one of what post-processing did: other kernels, another recipe.
+    """
+    classes = " + ".join(
+        f"{part.prefix}{type(part.model).__name__}{'' if part.follows else ' (left)'}" for part in parts
+    )
+    notes = [(f"{p.prefix}{path}", processed(m)) for p in parts for path, m in p.model.named_modules()]
+    kernels = "\n".join(f"{path} {note}" for path, note in notes if note is not None)
+    return f"{classes} {_digest(' '.join(map(str, configurations)))} kernels {_digest(kernels)}"
 
 
 def device_uuid(device: torch.device) -> str:
@@ -167,6 +190,33 @@ def device_uuid(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu-{socket.gethostname()}"
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _skeleton(parts: Sequence[Part]) -> Skeleton:
+    """Return the models' common structure; the answering one's loader is run first."""
+    model, *drafts = parts
+
+    def load(pairs: NamedTensors) -> None:
+        given: list[tuple[str, torch.Tensor]] = []
+        model.load_twin(_noted(pairs, given))
+        for draft in drafts:
+            draft.load_twin(given)
+
+    return Skeleton(_joined(part.structure() for part in parts), load if drafts else model.load_twin)
+
+
+def _noted(pairs: NamedTensors, given: list[tuple[str, torch.Tensor]]) -> NamedTensors:
+    for pair in pairs:
+        given.append(pair)
+        yield pair
+
+
+def _joined(tables: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: tensor for table in tables for name, tensor in table.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _available_bytes() -> int:

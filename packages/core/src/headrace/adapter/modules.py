@@ -15,7 +15,7 @@ _BASE_LAYER = ".base_layer."
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters by the loader's names, tied ones under their first."""
-    return {_bare(name): tensor for name, tensor in model.named_parameters()}
+    return {bare_name(name): tensor for name, tensor in model.named_parameters()}
 
 
 def loadable(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -25,19 +25,12 @@ def loadable(model: nn.Module) -> dict[str, torch.Tensor]:
         for path, module in model.named_modules()
     }
     buffers = {
-        _bare(name): tensor
+        bare_name(name): tensor
         for name, tensor in model.named_buffers()
         if name.rpartition(".")[2] not in kept.get(name[: len(name) - len(name.rpartition(".")[2])], set())
     }
     tensors = parameters(model) | buffers
     return {name: t for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") in DTYPE_CODES}
-
-
-def bare_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return all modules by path, LoRA's wrappers left out of the paths."""
-    return [
-        (f"{path}.".replace(_BASE_LAYER, ".").rstrip("."), module) for path, module in model.named_modules()
-    ]
 
 
 def layouts(module: nn.Module) -> dict[str, object]:
@@ -63,5 +56,6 @@ def without_wrappers(model: nn.Module, wrapper: type[nn.Module]) -> Iterator[Non
             parent._modules[name] = child
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
+    """Return a name without LoRA's wrappers, as the loader knows it."""
     return name.replace(_BASE_LAYER, ".")

@@ -14,25 +14,19 @@ class ModuleReload:
     Needs memory for a second copy of the modules' parameters between `begin` and `end`.
 
     Args:
-        modules: What to reload.
-        restore: Gives a module parameters in the loader's layout; may do so in place or by new ones.
+        restore: Gives a module parameters in the loader's layout: new ones, the old stay as they are.
         process: Has the engine process what was loaded.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        restore: Callable[[nn.Module], None],
-        process: Callable[[nn.Module], None],
-    ) -> None:
-        self._modules = modules
+    def __init__(self, restore: Callable[[nn.Module], None], process: Callable[[nn.Module], None]) -> None:
         self._restore = restore
         self._process = process
         self._kept: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
 
-    def begin(self) -> None:
-        """Give every module parameters in the loader's layout, and keep those that the kernels read."""
-        for module in self._modules:
+    def begin(self, modules: Sequence[nn.Module]) -> None:
+        """Give modules parameters in the loader's layout, and keep those that the kernels read. May be repeated."""
+        begun = {id(module) for module, _, _ in self._kept}
+        for module in (module for module in modules if id(module) not in begun):
             self._kept.append((module, dict(module._parameters), dict(module._buffers)))
             self._restore(module)
 

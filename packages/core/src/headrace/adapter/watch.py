@@ -7,7 +7,6 @@ them. Both are told here from what `process_weights_after_loading` really did to
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,13 +64,6 @@ def was_rewritten(module: nn.Module, twin: nn.Module | None) -> bool:
     """Return whether a module's parameters are not what the loader wrote."""
     note = processed(module)
     return (note is not None and note.rewrote) or (twin is not None and layouts(module) != layouts(twin))
-
-
-def kernels_digest(model: nn.Module) -> str:
-    """Return a digest of what post-processing did to the modules: other kernels, another recipe."""
-    notes = [(path, processed(module)) for path, module in model.named_modules()]
-    text = "\n".join(f"{path} {note}" for path, note in notes if note is not None)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _watch_method(method: Any) -> None:  # noqa: ANN401 - the engine's quantisation method
