@@ -91,6 +91,23 @@ class TestTensorParallelPacked(VllmSuite):
 
 @pytest.mark.slow
 class TestDataParallel(VllmSuite):
-    """Two engines behind one address."""
+    """Two engines behind one address; which of them answers is not known, so that each has a cache of its own."""
 
     options = ("--data-parallel-size", "2")
+
+    def test_kept_caches_answer_until_they_are_dropped(
+        self, server: Any, checkpoints: dict[str, Path], oracle: Oracle
+    ) -> None:
+        self.update(server, checkpoints["a"])
+        prompt = [60 + i % 50 for i in range(300)]
+
+        def wrong_answers() -> int:
+            """Ask often enough that both engines are asked."""
+            answers = [server.generate(prompt, 8) for _ in range(8)]
+            return sum(oracle.problems(prompt, answer, ["b"] * 8) != [] for answer in answers)
+
+        assert wrong_answers() == 8
+        self.update(server, checkpoints["b"], cache="keep")
+        assert wrong_answers() > 0
+        self.update(server, checkpoints["b"])
+        assert wrong_answers() == 0

@@ -13,7 +13,7 @@ import pytest
 from checkpoints import checkpoints_of
 from oracle import Oracle
 from prompts import PROMPT
-from vllm_server import VllmServer
+from vllm_server import REPORTS_VERSIONS, VllmServer
 
 from headrace.config import Deadlines
 from headrace.errors import BackendUnavailableError, HeadraceError
@@ -58,7 +58,7 @@ def test_first_weights_of_two_servers_through_both_doors(
             )
             assert made["version"] == turn
             for server in (one, two):
-                assert server.version() == str(turn)
+                assert server.version() == (str(turn) if REPORTS_VERSIONS else "")
                 assert oracle.problems(PROMPT, server.generate(PROMPT, 12), [name] * 12) == []
         dead_and_back(one, two, checkpoints, oracle, tmp_path)
 
@@ -76,7 +76,7 @@ def dead_and_back(
         with VllmServer(checkpoints["b"], log=tmp_path / "3.log", port=one.port) as again:
             report = source.update([again.target, two.target])
             for server in (again, two):
-                assert server.version() == str(report.version)
+                assert server.version() == (str(report.version) if REPORTS_VERSIONS else "")
                 assert oracle.problems(PROMPT, server.generate(PROMPT, 12), ["a"] * 12) == []
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,13 @@ from typing import Any, Self
 import httpx
 
 from headrace.testing.engine_process import free_port
+
+
+def find_version() -> str:
+    """Return the version of the vLLM that is installed, under whatever name."""
+    names = packages_distributions()["vllm"]
+    return version(names[0])
+
 
 START_S = 150.0
 SUPPORT = Path(__file__).parent
@@ -26,6 +34,9 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
+INSTALLED = tuple(int(part) for part in find_version().split(".")[:2])
+REPORTS_VERSIONS = INSTALLED >= (0, 32)
+"""Whether this vLLM tells which weights each token is of."""
 SMALL = (
     "--enforce-eager",
     "--kv-cache-memory-bytes",
@@ -34,7 +45,6 @@ SMALL = (
     "512",
     "--dtype",
     "float32",
-    "--enable-scale-out",
 )
 
 
@@ -80,6 +90,7 @@ class VllmServer:
             "--port",
             str(self.port),
             *SMALL,
+            *(("--enable-scale-out",) if REPORTS_VERSIONS else ()),
             *doors,
             *options,
         ]
@@ -102,13 +113,15 @@ class VllmServer:
         answer.raise_for_status()
         choice = answer.json()["choices"][0]
         versions: list[str] = [""] * len(choice["token_ids"])
-        for span in choice["weight_versions"] or ():
+        for span in choice.get("weight_versions") or ():
             versions[span["start"] : span["end"]] = [span["version"]] * (span["end"] - span["start"])
         logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {"content": []})["content"]]
         return {"tokens": choice["token_ids"], "logprobs": logprobs, "versions": versions}
 
     def version(self) -> str:
-        """Return vLLM's own weight version."""
+        """Return vLLM's own weight version, empty where it knows none."""
+        if not REPORTS_VERSIONS:
+            return ""
         return str(self.client.get("/weight_info").json()["weight_version"])
 
     def kill(self) -> None:
