@@ -30,6 +30,7 @@ from headrace.errors import (
     TransportClosedError,
     VersionSkewError,
 )
+from headrace.testing.leaks import left_over, snapshot
 from headrace.types import WorkerId
 from headrace.wire import (
     Abort,
@@ -494,8 +495,7 @@ def test_nothing_is_left_open(hub: Hub, token: str) -> None:
         assert isinstance(hub.receive(5), Lost)
 
     visit()
-    before, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    before = snapshot([])
     for _ in range(10):
         visit()
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before
-    assert threading.active_count() == threads
+    assert left_over(before, []) == []

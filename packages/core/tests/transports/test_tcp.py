@@ -30,6 +30,7 @@ from headrace.errors import (
 )
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.testing.copies import CopyRow, content, table_of
+from headrace.testing.leaks import left_over, snapshot
 from headrace.testing.transport_suite import HolderProcess, TransportTests
 from headrace.transports import TcpServer, TcpTransport
 from headrace.transports import tcp_server as server_module
@@ -389,11 +390,10 @@ def test_nothing_is_left_open(data: torch.Tensor) -> None:
             assert_served(HolderAddress("h", tcp_endpoint=server.endpoint, tcp_secret=SECRET), data)
 
     visit()
-    before, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    before = snapshot([])
     for _ in range(5):
         visit()
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before
-    assert threading.active_count() == threads
+    assert left_over(before, []) == []
 
 
 def test_settings_that_cannot_work() -> None:
