@@ -21,7 +21,7 @@ from torch_layouts import LAYOUTS
 from trainer_world import ODD, Trainer, Witness, batch, compare, join
 
 from headrace.errors import UpdateFailedError
-from headrace.testing.engine_process import EngineProcess, differences, free_port
+from headrace.testing.engine_process import EngineProcess, Stream, differences, free_port
 from headrace.testing.ranks import RankError, run_ranks
 from headrace.testing.tiny_model import make_tiny_qwen3
 from headrace_trainers import StepReport, fsdp, plain
@@ -252,7 +252,9 @@ def test_engines_serve_the_last_version_of_a_killed_trainer(engine: EngineProces
     with pytest.raises(RankError, match="rank [01]"):
         run_ranks(die, 2, 100, free_port(), engine.url, folder)
     assert engine.status()["weight_version"] == before + 2
-    assert engine.status()["weights_state"] != "mixed"
+    with Stream(engine.url, 20) as stream:
+        stream.wait_tokens(5)
+    assert set(stream.versions[:5]) == {before + 2}
 
 
 def compiled(rank: int, _world_size: int, url: str, folder: Path) -> None:
