@@ -5,7 +5,9 @@ Every session works in a fresh clone. torch is installed first and pinned, so th
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -128,6 +130,27 @@ def _install_sglang(session: nox.Session) -> None:
     needs = SGLANG_SUPPORT / "requirements-sglang-cpu.txt"
     session.install("-r", str(needs), "rich", "typer", "build", "pytest", "pytest-timeout", "psutil", "trustme")
     _install_wheels(session, "core", "sglang-adapter", "vllm-adapter")
+
+
+TRAINERS = ("deepspeed==0.19.8", "ninja", "setuptools", "accelerate>=1.10", "lightning==2.6.6")
+TRAINER_TESTS = ("packages/trainer-hooks/tests", "tests/trainers")
+
+
+@nox.session
+def trainers(session: nox.Session) -> None:
+    """Hooks on the real frameworks: torch's own, DeepSpeed, Hugging Face, Lightning; over gloo on the CPU."""
+    if shutil.which("g++") is None:
+        session.error("DeepSpeed compiles its CPU kernels when it starts: install a C++ compiler (g++)")
+    _install(session, *TRAINERS, core_extras="engine,test,plot")
+    chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
+    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else _existing(TRAINER_TESTS)
+    session.run(
+        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs, env=QUIET
+    )
+
+
+def _existing(folders: Sequence[str]) -> list[str]:
+    return [folder for folder in folders if (ROOT / folder).is_dir()]
 
 
 @nox.session
