@@ -99,7 +99,7 @@ SGLANG_TESTS = (
     "tests/engines/test_mixed_fleet.py",
 )
 SGLANG_SUPPORT = ROOT / "packages" / "sglang-adapter" / "tests" / "support"
-SGLANG_STARTS = {"PYTHONPATH": str(SGLANG_SUPPORT / "cpu"), "SGL_STUB_TRITON": "1", "SGLANG_USE_CPU_ENGINE": "1"}
+SGLANG_STARTS = {"PYTHONPATH": str(SGLANG_SUPPORT / "cpu"), "HEADRACE_SGLANG_ON_CPU": "1", "SGLANG_USE_CPU_ENGINE": "1"}
 
 
 @nox.session

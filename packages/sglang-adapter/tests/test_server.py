@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,9 @@ def dead_and_back(
     headers = {"Authorization": f"Bearer {KEY}"}
     targets = [EngineTarget(alive.target, headers), EngineTarget(dying.target, headers)]
 
-    def kill(phase: str, _done: int, _total: int) -> None:
-        if phase == "stage":
-            for process in psutil.Process(dying.process.pid).children(recursive=True):
-                if "scheduler" in " ".join(process.cmdline()):
-                    process.kill()
-
     with ParameterServer(checkpoints["a"]) as source:
         with pytest.raises(HeadraceError) as caught:
-            source.update(targets, deadlines=LIMITS, progress=kill)
+            source.update(targets, deadlines=LIMITS, progress=killer(dying, "stage", slice(None)))
         assert caught.value.weights_state == "old"
         check(alive, oracle, "c", 2)
         dying.kill()
@@ -106,6 +100,42 @@ def dead_and_back(
             report = source.update(targets)
             for server in (alive, again):
                 check(server, oracle, "a", report.version)
+
+
+def killer(server: SglangServer, when: str, which: slice) -> Callable[[str, int, int], None]:
+    """Return a progress callback that kills some schedulers of a server at the beginning of a phase."""
+
+    def kill(phase: str, _done: int, _total: int) -> None:
+        if phase == when:
+            schedulers = [
+                process
+                for process in psutil.Process(server.process.pid).children(recursive=True)
+                if "sglang::scheduler" in " ".join(process.cmdline())
+            ]
+            assert schedulers
+            for process in schedulers[which]:
+                process.kill()
+                process.wait(10)
+
+    return kill
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["stage", "commit"])
+def test_one_rank_of_two_dies(when: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """The update ends within its deadlines and names what was lost; another server takes the weights afterwards."""
+    two = ("--tp-size", "2")
+    with (
+        SglangServer(checkpoints["a"], *two, log=tmp_path / "1.log", workers=2) as server,
+        ParameterServer(checkpoints["b"]) as source,
+    ):
+        source.update(server.target)
+        with pytest.raises(HeadraceError) as caught:
+            source.update(server.target, deadlines=LIMITS, progress=killer(server, when, slice(1, 2)))
+        assert caught.value.weights_state in (("old",) if when == "stage" else ("old", "mixed"))
+        server.kill()
+        with SglangServer(checkpoints["a"], *two, log=tmp_path / "2.log", port=server.port, workers=2) as again:
+            check(again, Oracle({"b": checkpoints["b"]}), "b", source.update(again.target).version)
 
 
 def test_a_key_guards_the_door(shared: SglangServer, target: EngineTarget, checkpoints: dict[str, Path]) -> None:
@@ -178,13 +208,16 @@ def test_a_server_without_the_plug_in_says_what_to_do(checkpoints: dict[str, Pat
 
 
 @pytest.mark.slow
-def test_servers_that_cannot_be_paused_are_refused(
-    checkpoints: dict[str, Path], oracle: Oracle, tmp_path: Path
+@pytest.mark.parametrize(
+    ("flag", "workers", "way_out"), [("--pp-size", 2, "--pp-size 1"), ("--tokenizer-worker-num", 1, "without --tok")]
+)
+def test_servers_that_cannot_be_updated_are_refused(
+    flag: str, workers: int, way_out: str, checkpoints: dict[str, Path], oracle: Oracle, tmp_path: Path
 ) -> None:
-    """Pipeline-parallel schedulers ignore a pause: nothing is touched, and the error says what to do."""
-    with SglangServer(checkpoints["a"], "--pp-size", "2", log=tmp_path / "1.log", workers=2) as server:
+    """Pipeline-parallel schedulers ignore a pause, many fronts have no plug-ins: nothing is touched."""
+    with SglangServer(checkpoints["a"], flag, "2", log=tmp_path / "1.log", workers=workers) as server:
         with ParameterServer(checkpoints["b"]) as source:
-            with pytest.raises(BackendUnavailableError, match="--pp-size 1") as caught:
+            with pytest.raises(BackendUnavailableError, match=way_out) as caught:
                 source.update(server.target)
             assert caught.value.weights_state == "old"
         assert oracle.problems(PROMPT, server.generate(PROMPT, 12), ["a"] * 12) == []

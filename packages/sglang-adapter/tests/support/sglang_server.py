@@ -21,7 +21,7 @@ START_S = 170.0
 SUPPORT = Path(__file__).parent
 QUIET = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "SGL_STUB_TRITON": "1",
+    "HEADRACE_SGLANG_ON_CPU": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -1,6 +1,6 @@
 """Lets SGLang start on a CPU: its own stand-in for triton (made for macOS), and an operator that torchvision wants.
 
-Python imports this by itself where the folder is on PYTHONPATH; it acts only with `SGL_STUB_TRITON=1`.
+Python imports this by itself where the folder is on PYTHONPATH; it acts only with `HEADRACE_SGLANG_ON_CPU=1`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _stand_in_for_triton() -> None:
         torch.backends.mps.is_available = real
 
 
-if os.environ.get("SGL_STUB_TRITON") == "1" and importlib.util.find_spec("sglang") is not None:
+if os.environ.get("HEADRACE_SGLANG_ON_CPU") == "1" and importlib.util.find_spec("sglang") is not None:
     if importlib.util.find_spec("triton") is None:
         _stand_in_for_triton()
     import torchvision_operators  # noqa: F401 - declared by the import
