@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headrace.config import Deadlines, UpdateSettings
-from headrace.testing.leaks import snapshot
 from headrace_trainers import StepReport, deepspeed, fsdp
 from headrace_trainers.hook import Hook
 
@@ -128,10 +128,18 @@ def _beside(trainer: _Trainer, run: Run, settings: UpdateSettings, found: Second
             found.beside.append(_timed(trainer.step))
             found.held.append(hook.held_s - before)
         hook.flush()
-        found.extra_bytes = snapshot([]).mappings[os.getpid()]
-        regions = hook._source.regions()
-        found.shard_bytes = 2 * sum(region.box.num_elements for region in regions)
+        found.extra_bytes = _resident_bytes()
+        source = hook._source
+        own = (region for i, region in enumerate(source.regions()) if i not in source.aliases())
+        found.shard_bytes = 2 * sum(region.box.num_elements for region in own)
         found.copy.append(_copy_seconds(found.shard_bytes))
+
+
+def _resident_bytes() -> int:
+    """Return how much memory the segments of this process really take."""
+    links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    own = [int(link.name) for link in links if "memfd:headrace" in str(link.readlink())]
+    return sum(512 * os.fstat(number).st_blocks for number in own)
 
 
 def _copy_seconds(num_bytes: int) -> float:
@@ -154,6 +162,7 @@ def _join(rank: int, world_size: int, run: Run) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(run.port), "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # torch's and DeepSpeed's own, one per collective
     if run.device == "cuda":
         torch.cuda.set_device(rank)
     else:
@@ -212,6 +221,7 @@ def _zero3(run: Run) -> _Trainer:
 
     ds.init_distributed("nccl" if run.device == "cuda" else "gloo", dist_init_required=False, verbose=False)
     model = _model(run, torch.bfloat16).to_empty(device="cpu")
+    model.tie_weights()
     _fill(model)
     config = {
         "train_micro_batch_size_per_gpu": TOKENS[0],

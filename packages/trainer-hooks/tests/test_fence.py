@@ -190,3 +190,18 @@ def test_held_seconds_grow_only_by_waiting() -> None:
         fence.end_write()
     assert fence.step == 100
     assert fence.held_s <= time.monotonic() - begin
+
+
+def test_tied_parameters_lie_in_one_place() -> None:
+    embedding, head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+    head.weight = embedding.weight
+    fence = StepFence()
+    source = ShardSource(shards_of(nn.ModuleList([embedding, head])), fence)
+    store = LiveStore(source, "test")
+    table = store.publish(1).manifest.regions
+    assert source.aliases() == {1: 0}
+    assert table.base.tolist() == [0, 0]
+    assert table.param.tolist() == [0, 1]
+    store.fill(1, 0, [1])
+    assert bytes(store.tensors(1)[0][: 7 * 3 * 4].numpy()) == bytes(head.weight.detach().view(torch.uint8).numpy())
+    store.close()

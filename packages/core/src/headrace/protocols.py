@@ -254,9 +254,13 @@ class WeightSource(Protocol):
 class SteppedSource(WeightSource, Protocol):
     """A source whose weights change while it is held: one rank of a trainer. Every rank counts the same steps.
 
-    Call order, per update: 1. `metadata`, `regions`. 2. `offer` on the rank that leads, again while a rank has missed
-    that step. 3. `at` on every rank; inside it `read`, of the regions that the plan uses.
+    Call order, per update: 1. `metadata`, `regions`, `aliases`. 2. `offer` on the rank that leads, again while a rank
+    has missed that step. 3. `at` on every rank; inside it `read`, of the regions that the plan uses.
     """
+
+    def aliases(self) -> Mapping[int, int]:
+        """Return which of `regions()` are the same memory as an earlier one (tied parameters), and as which."""
+        ...
 
     def offer(self, attempt: int) -> int:
         """Return the step to take next; a later one, with more room before it, the more attempts have failed."""

@@ -69,6 +69,7 @@ class ShardSource:
         self._params = ParamTable(_published(meta, dtype) for meta in shards.params)
         self._regions = tuple(SourceRegion(piece.name, piece.box) for piece in shards.pieces)
         self._pieces: Mapping[str, list[Piece]] = _by_name(shards.pieces)
+        self._aliases = _aliases(shards.pieces, self._params)
         self._fence = fence
         self._every = every
         self._devices = sorted({str(d) for piece in shards.pieces if (d := piece.local().device).type == "cuda"})
@@ -88,6 +89,10 @@ class ShardSource:
     def regions(self) -> Sequence[SourceRegion]:
         """Return what this rank holds."""
         return self._regions
+
+    def aliases(self) -> Mapping[int, int]:
+        """Return which regions are the same memory as an earlier one: tied parameters."""
+        return self._aliases
 
     def offer(self, attempt: int) -> int:
         """Return the next step that can be had, a multiple of `every`; with room of 1, 2, 4... steps after failures."""
@@ -165,6 +170,19 @@ class ShardSource:
 def _published(meta: ParamMeta, dtype: str | None) -> ParamMeta:
     is_float = DTYPES[dtype_code(meta.dtype)].kind == "float"
     return ParamMeta(meta.name, dtype, meta.shape) if dtype and is_float else meta
+
+
+def _aliases(pieces: Sequence[Piece], params: ParamTable) -> dict[int, int]:
+    """Return pieces that lie where an earlier one lies, and are published in the same dtype."""
+    found: dict[int, int] = {}
+    seen: dict[tuple[object, ...], int] = {}
+    for number, piece in enumerate(pieces):
+        tensor, index = piece.local(), params.index_of(piece.name)
+        kind = params[index].dtype if index is not None else ""
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), piece.box, kind)
+        if seen.setdefault(key, number) != number:
+            found[number] = seen[key]
+    return found
 
 
 def _by_name(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:

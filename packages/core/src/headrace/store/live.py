@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +20,7 @@ from headrace.segments import HostSegment, Lender
 from headrace.segments.pinning import PinnedRange
 from headrace.store.layout import SEGMENT_BYTES, Layout, Slot
 from headrace.store.store import Progress, PublishedVersion
+from headrace.types import ParamTable
 
 _MAX_THREADS = 4
 _TICK_S = 0.1
@@ -90,7 +91,7 @@ class LiveStore:
         if known is not None and known.regions == regions and known.params == params:
             return known
         self._drop()
-        layout = Layout.of(params, regions, self._segment_bytes)
+        layout = _aliased(params, regions, self._source.aliases(), self._segment_bytes)
         self._segments = tuple(HostSegment(size, f"headrace-{self._name}") for size in layout.segment_bytes)
         if getattr(self._source, "on_gpu", False):
             self._pinned = [PinnedRange(s.tensor.data_ptr(), s.tensor.nbytes) for s in self._segments]
@@ -180,6 +181,17 @@ class LiveStore:
                 self._lender.withdraw(segment.descriptor.segment_id)
             segment.close()
         self._segments, self._pinned, self._layout = (), [], None
+
+
+def _aliased(
+    params: ParamTable, regions: tuple[SourceRegion, ...], aliases: Mapping[int, int], limit: int
+) -> Layout:
+    """Place regions, those that are one memory in one place."""
+    own = [i for i in range(len(regions)) if i not in aliases]
+    layout = Layout.of(params, [regions[i] for i in own], limit)
+    slots = dict(zip(own, layout.slots, strict=True))
+    placed = tuple(replace(slots[aliases.get(i, i)], region=region) for i, region in enumerate(regions))
+    return replace(layout, regions=regions, slots=placed)
 
 
 def _quiet(_done_bytes: int, _total_bytes: int) -> None:
