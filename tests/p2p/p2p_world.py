@@ -13,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import pytest
+from p2p_hosts import Host
 
 from headrace import wire
 from headrace.errors import BackendUnavailableError, ConnectError
@@ -107,6 +109,14 @@ class HoldProcess(Command):
         """Return what `status` shows."""
         with Membership(self.invitation, "test") as member:
             return member.standing()
+
+    def standing_from(self, host: Host) -> wire.Standing:
+        """Return what `status` shows on a host."""
+        arguments = ["status", "--load-metas", self.metas, "--json"]
+        with Command(*arguments, prefix=host.prefix, environment=host.environment) as status:
+            code, out, err = status.end()
+        assert code == 0, err
+        return msgspec.json.decode(out, type=wire.Standing)
 
     def stop(self) -> None:
         """Let it hang."""

@@ -83,7 +83,7 @@ def join_json(made: JoinReport) -> dict[str, object]:
     facts = {
         "from_holders": dict(made.from_holders),
         "transports": dict(made.transports),
-        "read_s": made.read_s,
+        "seconds": dict(made.seconds),
         "attempts": made.attempts,
     }
     return {**report_json(made.update), "join": facts}
@@ -99,6 +99,6 @@ def _show(made: JoinReport, report: Path | None, *, as_json: bool) -> None:
     print_report(console, made.update)
     for name, given in sorted(made.from_holders.items()):
         console.print(f"{format_bytes(given)} from {name} over {made.transports[name]}", markup=False)
-    total = sum(made.from_holders.values())
-    speed = total / made.read_s / 1e9 if made.read_s else 0.0
-    console.print(f"read in {format_seconds(made.read_s)}, {speed:.3g} GB/s with sums checked", markup=False)
+    total, read_s = sum(made.from_holders.values()), made.seconds.get("read", 0.0)
+    took = ", ".join(f"{what} {format_seconds(seconds)}" for what, seconds in made.seconds.items())
+    console.print(f"{took}; {total / read_s / 1e9 if read_s else 0.0:.3g} GB/s while reading", markup=False)

@@ -108,6 +108,8 @@ class Fetch:
     Attributes:
         lost: Holders that are not asked any more, and why.
         suspects: Holders whose bytes were wrong: asked only for what nobody else has.
+        reach_s: Seconds that reaching holders took.
+        read_s: Seconds of reading.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Fetch:
         self._told = told
         self.lost: dict[int, HeadraceError] = {}
         self.suspects: set[int] = set()
+        self.reach_s = self.read_s = 0.0
         self._ways: dict[int, Transport] = {}
         self._opening = [threading.Lock() for _ in manifests]
         self._lock = threading.Lock()
@@ -154,13 +157,17 @@ class Fetch:
             if time.monotonic() >= limit:
                 text = f"{len(todo)} pieces of {len(pieces.giver)} were not read within the deadline"
                 raise TransferTimeoutError(text, phase="join")
+            begin = time.monotonic()
             alive = self._reach()
+            self.reach_s += time.monotonic() - begin
             trusted = [i for i in alive if i not in self.suspects]
             queues = self._plan(pieces, todo, trusted, total) or self._plan(pieces, todo, alive, total)
             if queues is None:
                 raise self._nobody(pieces, todo)
             self._queues = queues
+            begin = time.monotonic()
             self._round(_Work(pieces, blocks, limit, total))
+            self.read_s += time.monotonic() - begin
 
     def _reach(self) -> list[int]:
         """Return the holders that can be reached, all of them tried side by side."""

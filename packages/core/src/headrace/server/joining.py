@@ -51,14 +51,14 @@ class JoinReport:
         update: The update of the engines.
         from_holders: Bytes that each holder gave, by its name.
         transports: Transport that was used for each holder.
-        read_s: Seconds of reading, sums included.
+        seconds: What getting the version took: `reach` holders, `read` from them, `check` sums.
         attempts: How many versions were begun until one was whole.
     """
 
     update: UpdateReport
     from_holders: Mapping[str, int]
     transports: Mapping[str, str]
-    read_s: float
+    seconds: Mapping[str, float]
     attempts: int
 
 
@@ -165,7 +165,7 @@ def joined(
                 break
         stack.callback(server.close)
         member.end_lease(names)
-        yield JoinReport(report, source.given, dict(ways.used), report.read_s, attempt), server
+        yield JoinReport(report, source.given, dict(ways.used), source.seconds, attempt), server
 
 
 def _has_other(member: Membership, version: int) -> bool:

@@ -36,6 +36,9 @@ class PeerSource:
         way: Returns the transport for a holder; called once per holder, the transports stay the caller's.
         settings: Sizes and deadlines.
         told: Called now and then with the bytes that each holder gave, by name, and the bytes in all.
+
+    Attributes:
+        seconds: What `fill` took: `reach` holders, `read` from them, `check` sums.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class PeerSource:
         self._settings = settings or ReadSettings()
         self._told = told or (lambda _given, _total: None)
         self._given: dict[str, int] = {}
+        self.seconds: Mapping[str, float] = {}
 
     @property
     def given(self) -> Mapping[str, int]:
@@ -103,10 +107,13 @@ class PeerSource:
         total = int((volumes(real.shape) * sizes).sum())
         fetch = Fetch(self._manifests, self._params, self._way, self._settings, self._teller(progress))
         table, _ = cut(real, sizes, fetch.batch_bytes(total))
-        pieces, wrong = Pieces.of(table, self._params), np.zeros(0, np.int64)
+        pieces, wrong, check_s = Pieces.of(table, self._params), np.zeros(0, np.int64), 0.0
         for _ in range(self._settings.attempts):
             fetch.run(pieces, blocks, limit)
+            begin = time.monotonic()
             wrong = self._wrong(real, blocks)
+            check_s += time.monotonic() - begin
+            self.seconds = {"reach": fetch.reach_s, "read": fetch.read_s, "check": check_s}
             if not len(wrong):
                 return
             bad = np.isin(pieces.table.param, wrong)
