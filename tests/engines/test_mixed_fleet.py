@@ -12,7 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pytest
 
@@ -20,7 +21,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ROOT / "packages"
 SUPPORT = PACKAGES / "sglang-adapter" / "tests" / "support"
 sys.path[:0] = [str(Path(__file__).parent / "support"), str(SUPPORT), str(SUPPORT / "cpu")]
-sys.path.append(str(PACKAGES / "vllm-adapter" / "tests" / "support"))
 VLLM_PYTHON = os.environ.get("HEADRACE_VLLM_PYTHON", "")
 
 if importlib.util.find_spec("sglang") is None:
@@ -36,7 +36,6 @@ from checkpoints import checkpoints_of  # noqa: E402
 from oracle import Oracle  # noqa: E402
 from prompts import PROMPT  # noqa: E402
 from sglang_server import SglangServer  # noqa: E402
-from vllm_server import VllmServer  # noqa: E402
 
 from headrace.errors import HeadraceError  # noqa: E402
 from headrace.server.parameter_server import ParameterServer  # noqa: E402
@@ -59,15 +58,53 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return checkpoints_of("qwen3", tmp_path_factory.mktemp("models"))
 
 
+class VllmBehindPipes:
+    """A vLLM server that another Python started; ready when constructed. Use as a context."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        command = [VLLM_PYTHON, str(Path(__file__).parent / "support" / "vllm_child.py"), str(model), str(log)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.target: str = self._answer()
+
+    def generate(self, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+        """Return one greedy answer: `tokens`, `logprobs`, and the version of every token."""
+        answer: dict[str, Any] = self._ask("generate", prompt, max_tokens)
+        return answer
+
+    def version(self) -> str:
+        """Return vLLM's own weight version."""
+        return str(self._ask("version"))
+
+    def _ask(self, *call: object) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{json.dumps(call)}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "vLLM's side has ended"
+        return json.loads(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate(timeout=60)
+
+
 @pytest.fixture(scope="module")
 def fleet(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     """One server of each engine."""
     folder = tmp_path_factory.mktemp("log")
-    with pytest.MonkeyPatch.context() as patch, SglangServer(checkpoints["a"], log=folder / "sglang.log") as one:
-        patch.setattr(sys, "executable", VLLM_PYTHON)
-        with VllmServer(checkpoints["a"], log=folder / "vllm.log") as other:
-            patch.undo()
-            yield [one, other]
+    with (
+        SglangServer(checkpoints["a"], log=folder / "sglang.log") as one,
+        VllmBehindPipes(checkpoints["a"], folder / "vllm.log") as other,
+    ):
+        yield [one, other]
 
 
 def test_one_command_brings_both_to_one_version(
