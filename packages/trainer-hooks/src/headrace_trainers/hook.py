@@ -44,6 +44,7 @@ class Hook:
         self._fence = StepFence(step)
         shards = shards_of(model, settings.rename)
         self._source = ShardSource(shards, self._fence, dtype=settings.dtype, every=settings.every)
+        self._source.mark_written()
         self._crew = Crew()
         self._publisher = Publisher(self._source, self._crew, settings) if self._crew.rank == 0 else None
         self._holder = CrewHolder(self._source, self._crew) if self._crew.rank else None
@@ -89,6 +90,7 @@ class Hook:
         Raises:
             UpdateFailedError: With `on_error="raise"`: it failed.
         """
+        self._source.mark_written()
         self._fence.end()
         self._publish(wait=True)
         self._deliver()

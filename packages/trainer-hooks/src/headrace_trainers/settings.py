@@ -15,7 +15,7 @@ Mode = Literal["wait", "background"]
 OnError = Literal["raise", "warn"]
 Target = str | EngineTarget | EngineControl
 
-HOOK_UPDATE = UpdateSettings(deadlines=Deadlines(ready_s=5.0))
+HOOK_UPDATE = UpdateSettings(deadlines=Deadlines(ready_s=5.0, read_s=600.0))
 """A step does not wait long for an engine that is down."""
 
 

@@ -62,8 +62,10 @@ class CudaRuntime:
         self._attributes = (ctypes.c_int * 6)(_ACCESS_ORDER_STREAM)
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
 
-    def register(self, address: int, num_bytes: int) -> None:
-        """Page-lock memory that is mapped read-only, so that every device of this process can read it.
+    def register(self, address: int, num_bytes: int, *, writable: bool = False) -> None:
+        """Page-lock memory, so that every device of this process can read it; `writable` if devices write there too.
+
+        Memory that is mapped read-only cannot be writable for a device.
 
         Raises:
             CapacityError: A limit on locked memory.
@@ -72,7 +74,7 @@ class CudaRuntime:
         code = self._library.cudaHostRegister(
             ctypes.c_void_p(address),
             ctypes.c_size_t(num_bytes),
-            ctypes.c_uint(_REGISTER_READ_ONLY | _REGISTER_PORTABLE),
+            ctypes.c_uint(_REGISTER_PORTABLE | (0 if writable else _REGISTER_READ_ONLY)),
         )
         self._check(code, f"page-locking {num_bytes} bytes for copies by the GPU")
 

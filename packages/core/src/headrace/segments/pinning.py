@@ -21,17 +21,28 @@ class PinnedRange:
         address: First byte, on a page boundary.
         num_bytes: Size.
         between: Called after each chunk; may sleep, may raise to stop.
+        chunk_bytes: Bytes page-locked at a time; a copy must not cross from one chunk into the next.
+        writable: Whether GPUs write there, too.
 
     Raises:
         CapacityError: A limit on locked memory; nothing stays locked.
         BackendUnavailableError: The driver cannot page-lock it; nothing stays locked.
     """
 
-    def __init__(self, address: int, num_bytes: int, between: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        address: int,
+        num_bytes: int,
+        between: Callable[[], None] | None = None,
+        *,
+        chunk_bytes: int = PIN_CHUNK_BYTES,
+        writable: bool = False,
+    ) -> None:
         self._chunks: list[int] = []
         try:
-            for begin in range(address, address + num_bytes, PIN_CHUNK_BYTES):
-                cuda_runtime().register(begin, min(PIN_CHUNK_BYTES, address + num_bytes - begin))
+            for begin in range(address, address + num_bytes, chunk_bytes):
+                size = min(chunk_bytes, address + num_bytes - begin)
+                cuda_runtime().register(begin, size, writable=writable)
                 self._chunks.append(begin)
                 if between is not None:
                     between()

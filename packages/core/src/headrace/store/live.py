@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -13,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from headrace.config import Deadlines
-from headrace.errors import LocalProtocolError, TransferTimeoutError
+from headrace.errors import HeadraceError, LocalProtocolError, TransferTimeoutError
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SourceRegion, SteppedSource
 from headrace.segments import HostSegment, Lender
@@ -22,6 +23,7 @@ from headrace.store.layout import SEGMENT_BYTES, Layout, Slot
 from headrace.store.store import Progress, PublishedVersion
 from headrace.types import ParamTable
 
+_log = logging.getLogger(__name__)
 _MAX_THREADS = 4
 _TICK_S = 0.1
 
@@ -94,12 +96,21 @@ class LiveStore:
         layout = _aliased(params, regions, self._source.aliases(), self._segment_bytes)
         self._segments = tuple(HostSegment(size, f"headrace-{self._name}") for size in layout.segment_bytes)
         if getattr(self._source, "on_gpu", False):
-            self._pinned = [PinnedRange(s.tensor.data_ptr(), s.tensor.nbytes) for s in self._segments]
+            self._pin()
         for segment in self._segments:
             if self._lender is not None:
                 self._lender.lend(segment)
         self._layout = layout
         return layout
+
+    def _pin(self) -> None:
+        """Page-lock the segments for copies by GPUs; where that is not to be had, copies are slower."""
+        try:
+            for segment in self._segments:
+                address, size = segment.tensor.data_ptr(), segment.tensor.nbytes
+                self._pinned.append(PinnedRange(address, size, chunk_bytes=size, writable=True))
+        except HeadraceError as error:
+            _log.warning("holder %s copies from GPUs into pageable memory: %s", self._name, error)
 
     def fill(
         self,
