@@ -15,13 +15,13 @@ from headrace.types import I32, I64, ITEMSIZES
 def planned_rows(plan: UpdatePlan, manifests: Sequence[Manifest]) -> list[I64]:
     """Return, per manifest, the rows of its regions that any copy of the plan reads, ascending."""
     used = [np.zeros(len(manifest.regions) + 1, np.int64) for manifest in manifests]
-    starts = [_Starts(manifest) for manifest in manifests]
+    places = [_Places(manifest) for manifest in manifests]
     for segments, holders, copies in _sources(plan):
         for block in np.unique(copies.src_block).tolist():
             holder = int(holders[block])
             rows = copies.take(copies.src_block == block)
-            starts[holder].count(segments[block], rows, used[holder])
-    return [starts[i].rows_of(counts) for i, counts in enumerate(used)]
+            places[holder].count(segments[block], rows, used[holder])
+    return [places[i].rows_of(counts) for i, counts in enumerate(used)]
 
 
 def _sources(plan: UpdatePlan) -> list[tuple[tuple[SegmentDescriptor, ...], I32, CopyTable]]:
@@ -37,25 +37,28 @@ def _sources(plan: UpdatePlan) -> list[tuple[tuple[SegmentDescriptor, ...], I32,
     return found
 
 
-class _Starts:
-    """One manifest's regions in the order of their bytes, segment by segment."""
+class _Places:
+    """One manifest's regions in the order of their first bytes, segment by segment."""
 
     def __init__(self, manifest: Manifest) -> None:
         regions = manifest.regions
         real = np.flatnonzero(all_dims(regions.shape > 0))
         self._order = real[np.lexsort((regions.base[real], regions.block[real]))]
-        self._base = regions.base[self._order]
-        bounds = np.searchsorted(regions.block[self._order], np.arange(len(manifest.segments) + 1))
-        self._bounds = {s.segment_id: (int(bounds[i]), int(bounds[i + 1])) for i, s in enumerate(manifest.segments)}
+        placed = regions.take(self._order)
+        reach = reaches(np.maximum(placed.shape - 1, 0), placed.strides)
+        self._base = placed.base
+        self._last = placed.base + reach + ITEMSIZES[manifest.params.dtype_codes[placed.param]] - 1
+        bounds = np.searchsorted(placed.block, np.arange(len(manifest.segments) + 1)).tolist()
+        self._bounds = {s.segment_id: (bounds[i], bounds[i + 1]) for i, s in enumerate(manifest.segments)}
 
     def count(self, segment: SegmentDescriptor, copies: CopyTable, used: I64) -> None:
-        """Mark regions from that of each copy's first byte to that of its last: copies may span neighbours."""
+        """Mark every region that has a byte between a copy's first and last one: copies may span neighbours."""
         begin, end = self._bounds[segment.segment_id]
-        itemsize = ITEMSIZES[copies.src_dtype]
-        last = copies.src_base + reaches(np.maximum(copies.shape - 1, 0), copies.src_strides) + itemsize - 1
-        base = self._base[begin:end]
-        np.add.at(used, begin + np.searchsorted(base, copies.src_base, side="right") - 1, 1)
-        np.add.at(used, begin + np.searchsorted(base, last, side="right"), -1)
+        last = copies.src_base + reaches(np.maximum(copies.shape - 1, 0), copies.src_strides)
+        last += ITEMSIZES[copies.src_dtype] - 1
+        reached = np.maximum.accumulate(self._last[begin:end])
+        np.add.at(used, begin + np.searchsorted(reached, copies.src_base), 1)
+        np.add.at(used, begin + np.searchsorted(self._base[begin:end], last, side="right"), -1)
 
     def rows_of(self, used: I64) -> I64:
         """Return the marked rows of the manifest."""
