@@ -155,15 +155,18 @@ TRAINER_TESTS = ("packages/trainer-hooks/tests", "tests/trainers")
 
 @nox.session
 def trainers(session: nox.Session) -> None:
-    """Hooks on the real frameworks: torch's own, DeepSpeed, Hugging Face, Lightning; over gloo on the CPU."""
+    """Hooks on the real frameworks, over gloo on the CPU; `-- -m slow` into vLLM and SGLang where their sessions ran."""
     if shutil.which("g++") is None:
         session.error("DeepSpeed compiles its CPU kernels when it starts: install a C++ compiler (g++)")
     _install(session, *TRAINERS, core_extras="engine,test,plot")
     chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
     paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else _existing(TRAINER_TESTS)
+    engines = {kind: ROOT / ".nox" / kind / "bin" / "python" for kind in ("vllm", "sglang")}
+    beside = {f"HEADRACE_{kind.upper()}_PYTHON": str(file) for kind, file in engines.items() if file.exists()}
     session.run(
-        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs, env=QUIET
-    )
+        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs,
+        env=QUIET | beside,
+    )  # fmt: skip
 
 
 def _existing(folders: Sequence[str]) -> list[str]:

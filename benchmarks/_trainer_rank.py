@@ -138,8 +138,8 @@ def _beside(trainer: _Trainer, run: Run, settings: UpdateSettings, found: Second
 def _resident_bytes() -> int:
     """Return how much memory the segments of this process really take."""
     links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
-    own = [int(link.name) for link in links if "memfd:headrace" in str(link.readlink())]
-    return sum(512 * os.fstat(number).st_blocks for number in own)
+    own = [os.fstat(int(link.name)) for link in links if "memfd:headrace" in str(link.readlink())]
+    return 512 * sum({stat.st_ino: stat.st_blocks for stat in own}.values())
 
 
 def _copy_seconds(num_bytes: int) -> float:
