@@ -155,7 +155,7 @@ TRAINER_TESTS = ("packages/trainer-hooks/tests", "tests/trainers")
 
 @nox.session
 def trainers(session: nox.Session) -> None:
-    """Hooks on the real frameworks, over gloo on the CPU; `-- -m slow` into vLLM and SGLang where their sessions ran."""
+    """Hooks on the real frameworks over gloo; `-- -m slow`: into vLLM and SGLang, where their sessions have run."""
     if shutil.which("g++") is None:
         session.error("DeepSpeed compiles its CPU kernels when it starts: install a C++ compiler (g++)")
     _install(session, *TRAINERS, core_extras="engine,test,plot")
