@@ -357,6 +357,14 @@ def test_optional_targets_may_stay(make_bench: Make) -> None:
     assert not recipe.opaque_reasons
 
 
+def test_optional_targets_without_a_source_are_left(make_bench: Make) -> None:
+    module = one_target(R, H)
+    module.draft, module.scale = weight(R, H), weight(1)
+    way = loader(w=lambda w, x: w.copy_(x["x0"]))
+    recipe = make_bench(module, way, stack_of(1, R, H), reload_unit=str, optional=lambda name: name != "w").record()
+    assert recipe.left == ("draft",)
+
+
 def test_derived_targets_are_not_covered_by_sources(make_bench: Make) -> None:
     with pytest.raises(UncoveredRegionError, match="1 live tensors"):
         uncovered(make_bench, derived={"scale": ["other"]}, can_rederive=True)
