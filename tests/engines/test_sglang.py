@@ -24,6 +24,10 @@ from engine_suite import EngineSuite  # noqa: E402
 from oracle import Oracle  # noqa: E402
 from sglang_server import SglangServer  # noqa: E402
 
+from headrace.protocols import EngineControl  # noqa: E402
+from headrace.registry import engine_control  # noqa: E402
+from headrace.testing.control_suite import EngineControlTests  # noqa: E402
+
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -64,7 +68,26 @@ class SglangSuite(EngineSuite):
     choices: ClassVar[dict[str, Any]] = {}
 
 
-class TestOneScheduler(SglangSuite):
+class SglangControlSuite(EngineControlTests):
+    """The control's contract, on the same server."""
+
+    server: SglangServer
+
+    @pytest.fixture(autouse=True)
+    def keep_server(self, server: SglangServer) -> None:
+        self.server = server
+
+    def make_control(self) -> EngineControl:
+        return engine_control(self.server.target)
+
+    def make_unreachable(self) -> EngineControl:
+        return engine_control("sglang=http://127.0.0.1:9")
+
+    def is_paused(self) -> bool:
+        return not self.server.client.get("/ready").is_success
+
+
+class TestOneScheduler(SglangSuite, SglangControlSuite):
     """As installed."""
 
 
@@ -77,16 +100,18 @@ class TestWithoutOverlap(SglangSuite):
 
 
 @pytest.mark.slow
-class TestTensorParallel(SglangSuite):
+class TestTensorParallel(SglangSuite, SglangControlSuite):
     """Two schedulers that share each layer."""
 
+    num_workers = 2
     options = ("--tp-size", "2")
     choices: ClassVar[dict[str, Any]] = {"workers": 2}
 
 
 @pytest.mark.slow
-class TestDataParallel(SglangSuite):
+class TestDataParallel(SglangSuite, SglangControlSuite):
     """Two engines behind one address."""
 
+    num_workers = 2
     options = ("--dp-size", "2")
     choices: ClassVar[dict[str, Any]] = {"workers": 2}

@@ -40,8 +40,8 @@ class SglangBackend(ModelBackend):
         twin = twin_of(runner.model)
         if twin is None:
             message = (
-                "this model was built without Headrace's plug-in; install headrace-sglang beside SGLang, and do not "
-                "leave `headrace` out of SGLANG_PLUGINS"
+                "this model was built without Headrace's plug-in, or its structure could not be followed, which the "
+                "log says then; do not leave `headrace` out of SGLANG_PLUGINS"
             )
             raise BackendUnavailableError(message, name="sglang")
         device = next(runner.model.parameters()).device

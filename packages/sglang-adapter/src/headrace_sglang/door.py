@@ -81,9 +81,10 @@ async def hand_out(manager: Any, ticket: Ticket) -> None:  # noqa: ANN401 - a To
 
 def ticket_of(handles: Mapping[str, str]) -> Ticket | None:
     """Return the ticket in a scheduler's request, or None where it is one of SGLang's own kind."""
-    if handles.get("headrace") != "ticket":
+    names = ("update_id", "endpoint", "server_key", "token")
+    if handles.get("headrace") != "ticket" or not all(name in handles for name in names):
         return None
-    return Ticket(*(handles[name] for name in ("update_id", "endpoint", "server_key", "token")))
+    return Ticket(*(handles[name] for name in names))
 
 
 async def _answer(manager: Any, request: Request) -> Response:  # noqa: ANN401

@@ -6,6 +6,7 @@ what is wrong is kept, and told to whoever asks for an update.
 
 from __future__ import annotations
 
+import functools
 import logging
 import pkgutil
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def register() -> None:
         logger.error("%s; this server takes no updates from Headrace", fault)
     for point in points if not fault else [points[0]]:
         if _exists(point.path):
-            HookRegistry.register(point.path, point.hook, HookType(point.way))
+            HookRegistry.register(point.path, _harmless(point), HookType(point.way))
 
 
 def hook_points() -> list[HookPoint]:
@@ -80,6 +81,21 @@ def why_not() -> str:
     if missing:
         return f"SGLang {sglang.__version__} has no {', '.join(missing)}, which headrace-sglang needs; take {SUPPORTED}"
     return ""
+
+
+def _harmless(point: HookPoint) -> Callable[..., Any]:
+    """Return the hook; beside SGLang's own work, it is logged when it fails, and SGLang goes on without it."""
+    if point.way == "around":
+        return point.hook
+
+    @functools.wraps(point.hook)
+    def hook(*args: Any, **options: Any) -> None:  # noqa: ANN401
+        try:
+            point.hook(*args, **options)
+        except Exception:  # a server must not die of what it does not need
+            logger.exception("Headrace's hook at %s failed; this server may take no updates", point.path)
+
+    return hook
 
 
 def _exists(path: str) -> bool:

@@ -25,9 +25,10 @@ def constructed(model: nn.Module, *_args: object, **_options: object) -> None:
     watch(model)
 
 
-def started(_result: None, scheduler: Any, _server_args: object, port_args: Any, *_args: object) -> None:  # noqa: ANN401
+def started(_result: None, scheduler: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401
     """Note which engine a scheduler belongs to: a hook after its construction."""
-    _instances[scheduler] = port_args.instance_id
+    given = (*args, *options.values())
+    _instances[scheduler] = next(each.instance_id for each in given if hasattr(each, "instance_id"))
 
 
 def give_way(*_args: object) -> None:
@@ -52,7 +53,7 @@ def take_ticket(original: Any, updater: Any, request: Any) -> Any:  # noqa: ANN4
         logger.warning("update %s cannot be taken: %s", ticket.update_id, error)
         problem = f"{type(error).__name__}: {error}"
     problems = _gathered(updater, problem)
-    if receiver is not None and not problems:
+    if receiver and not problems:
         receiver.enrol(ticket)
     return UpdateWeightsFromIPCReqOutput(success=not problems, message="; ".join(problems))
 
