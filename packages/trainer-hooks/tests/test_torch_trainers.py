@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from headrace.testing.tiny_model import make_tiny_qwen3
 from headrace_trainers import fsdp
 
 STEPS = 3
-RESHARDED = {"fsdp2", "fsdp1-full", "ddp"}
+RESHARDED = ("fsdp2", "fsdp1-full", "ddp")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
 
 
-def train(rank: int, world_size: int, port: int, url: str, folder: Path, names: list[str]) -> dict[str, list[str]]:
+def train(rank: int, world_size: int, port: int, url: str, folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Train in every layout, one after the other, and return what was wrong after any step."""
     join(rank, world_size, port)
     return {name: train_one(rank, url, folder, name) for name in names}
@@ -63,3 +63,15 @@ def on_four_ranks(folder: Path) -> Iterator[dict[str, list[str]]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_parameter_after_every_step(on_four_ranks: dict[str, list[str]], name: str) -> None:
     assert on_four_ranks[name] == []
+
+
+@pytest.fixture(scope="module")
+def on_three_ranks(folder: Path) -> Iterator[dict[str, list[str]]]:
+    with EngineProcess(folder, 2, "--dtype", "float32") as engine:
+        yield run_ranks(train, 3, 100, free_port(), engine.url, folder, RESHARDED)[0]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", RESHARDED)
+def test_three_ranks_into_two_workers(on_three_ranks: dict[str, list[str]], name: str) -> None:
+    assert on_three_ranks[name] == []

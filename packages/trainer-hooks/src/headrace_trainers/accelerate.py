@@ -13,9 +13,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from headrace_trainers import deepspeed, plain
+from headrace_trainers import plain
 from headrace_trainers.hook import Hook
 from headrace_trainers.settings import StepReport, Target
+from headrace_trainers.zero import attach_engine
 
 
 def attach(
@@ -44,5 +45,5 @@ def attach(
 
     choices.setdefault("report", log)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return deepspeed.attach(model, to=to, **choices)
+        return attach_engine(model, to=to, **choices)
     return plain.attach(model, optimizer, to=to, **choices)

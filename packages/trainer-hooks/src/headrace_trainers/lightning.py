@@ -12,9 +12,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from headrace_trainers import deepspeed, plain
+from headrace_trainers import plain
 from headrace_trainers.hook import Hook
 from headrace_trainers.settings import HookSettings, StepReport, Target
+from headrace_trainers.zero import attach_engine, is_engine
 
 
 class HeadraceCallback(Callback):  # type: ignore[misc] # skipped by mypy, as not every environment has it
@@ -52,8 +53,8 @@ class HeadraceCallback(Callback):  # type: ignore[misc] # skipped by mypy, as no
 
         choices = {"report": log, **self._choices}
         model: Any = trainer.strategy.model
-        if hasattr(model, "was_step_applied"):
-            self.hook = deepspeed.attach(model, to=self._to, **choices)
+        if is_engine(model):
+            self.hook = attach_engine(model, to=self._to, **choices)
         else:
             self.hook = plain.attach(model, trainer.optimizers, to=self._to, step=trainer.global_step, **choices)
 
