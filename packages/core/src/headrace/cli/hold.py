@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli.console import format_bytes, print_json, stdout
-from headrace.cli.members import FromOptions
+from headrace.cli.members import FromOptions, with_nics
 from headrace.config import host_settings
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.config import HostSettings
+    from headrace.server.invitation import Invitation
     from headrace.server.keeping import Keeper
+    from headrace.server.parameter_server import ParameterServer
 
 _LOOPBACK = ("127.", "::1", "localhost")
 
@@ -42,30 +46,45 @@ def hold(
     allow_unauthenticated_data_plane: Annotated[
         bool, typer.Option(help="Run Mooncake where others than this host can reach it.")
     ] = False,
+    nics: FromOptions.Nics = None,
     save_metas: Annotated[Path | None, typer.Option(help="Write how to join to this file.")] = None,
     partner: FromOptions.Partner = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print address and token as JSON.")] = False,
 ) -> None:
     """Keep a checkpoint in this host's memory; instances join from it with the address and token it prints."""
     from headrace.cli.progress import UpdateProgress
+    from headrace.server.holders import SourceSpec
     from headrace.server.invitation import Invitation
     from headrace.server.keeping import keep
+    from headrace.server.torchrun import hold_as_rank, launched_by_torchrun
     from headrace.store.checkpoint import CheckpointSource
 
-    host = _host(bind, advertise, transport, allowed=allow_unauthenticated_data_plane)
+    host = with_nics(_host(bind, advertise, transport, allowed=allow_unauthenticated_data_plane), nics)
+    launch = launched_by_torchrun()
+    if launch is not None and launch.rank > 0:
+        hold_as_rank(launch, checkpoint, replace(host, bind_port=0))
+        return
     partners = [Invitation.load(path) for path in partner or ()]
-    source = CheckpointSource(checkpoint)
-    try:
+    source = None if launch else CheckpointSource(checkpoint)
+    spec = SourceSpec(source=source) if source else SourceSpec(checkpoint=str(checkpoint.resolve()))
+    with ExitStack() as stack:
+        if source is not None:
+            stack.callback(source.close)
         with UpdateProgress() as progress:
-            kept = keep(source, host, version=version, partners=partners, progress=progress)
-            keeper = kept.__enter__()
-        try:
-            announce(keeper, str(checkpoint), save_metas, as_json=as_json)
-            wait_for_stop()
-        finally:
-            kept.__exit__(None, None, None)
-    finally:
-        source.close()
+            kept = keep(spec, host, crew=launch, version=version, partners=partners, progress=progress)
+            keeper = stack.enter_context(kept)
+        announce(keeper, str(checkpoint), save_metas, as_json=as_json)
+        wait_for_stop()
+
+
+def stay(server: ParameterServer, what: str, partners: Sequence[Invitation], *, as_json: bool) -> None:
+    """Keep what an update or a join has left in its holders open to others, until this process is told to end."""
+    from headrace.server.keeping import Keeper
+
+    with Keeper(server.holders, host_settings(), partners) as own:
+        own.offer(server.holders.published)
+        announce(own, what, None, as_json=as_json)
+        wait_for_stop()
 
 
 def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: bool) -> HostSettings:

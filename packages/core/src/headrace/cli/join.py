@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
-from headrace.cli.hold import announce, wait_for_stop
-from headrace.cli.members import FromOptions, invitation_of
+from headrace.cli.hold import stay
+from headrace.cli.members import FromOptions, invitation_of, with_nics
 from headrace.cli.render import print_report, report_json
 from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
 from headrace.config import GIB, Deadlines, UpdateSettings, host_settings
@@ -36,6 +36,7 @@ def join(
     version: Annotated[
         int | None, typer.Option(help="Version to join; default: the newest that is held.")
     ] = None,
+    nics: FromOptions.Nics = None,
     budget_gib: Annotated[float | None, typer.Option(help="Most staging memory per worker.")] = None,
     ready_s: Annotated[
         float, typer.Option(help="How long to wait for an engine that is not up yet.")
@@ -53,7 +54,6 @@ def join(
     """Bring the version that others hold into new engines of this host; nobody who serves is disturbed."""
     from headrace.cli.progress import UpdateProgress
     from headrace.server.joining import JoinSettings, joined
-    from headrace.server.keeping import Keeper
 
     invitation = invitation_of(keeper, token, load_metas)
     update = UpdateSettings(
@@ -62,20 +62,14 @@ def join(
         deadlines=Deadlines(ready_s=ready_s),
     )
     settings = JoinSettings(update=update, transport=transport)
-    targets, host = engine_targets(to, header, ca, cert, insecure), host_settings()
-    progress = UpdateProgress("join")
-    with progress:
-        context = joined(invitation, targets, host, settings=settings, progress=progress)
-        made, server = context.__enter__()
-    try:
+    targets, host = engine_targets(to, header, ca, cert, insecure), with_nics(host_settings(), nics)
+    with ExitStack() as stack:
+        with UpdateProgress("join") as progress:
+            context = joined(invitation, targets, host, settings=settings, progress=progress)
+            made, server = stack.enter_context(context)
         _show(made, report, as_json=as_json)
         if keep_held:
-            with Keeper(server.holders, replace(host, bind_port=0), [invitation]) as own:
-                own.offer(server.holders.published)
-                announce(own, "what was joined", None, as_json=as_json)
-                wait_for_stop()
-    finally:
-        context.__exit__(None, None, None)
+            stay(server, "what was joined", [invitation], as_json=as_json)
 
 
 def join_json(made: JoinReport) -> dict[str, object]:

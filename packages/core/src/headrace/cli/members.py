@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from headrace.config import HostSettings
 from headrace.errors import ConfigError
 from headrace.server.invitation import TOKEN_VARIABLE, Invitation
 
@@ -25,6 +27,13 @@ class FromOptions:
         typer.Option(
             help="Keeper's token, or @FILE that has it, which keeps it out of the process list.",
             envvar=TOKEN_VARIABLE,
+        ),
+    ]
+    Nics = Annotated[
+        str | None,
+        typer.Option(
+            help="RDMA devices for Mooncake, as NCCL_IB_HCA names them; `tcp` for none; default: all that are up.",
+            envvar="NCCL_IB_HCA",
         ),
     ]
     Metas = Annotated[Path | None, typer.Option("--load-metas", help="File that `hold --save-metas` wrote.")]
@@ -49,3 +58,18 @@ def invitation_of(address: str | None, token: str | None, metas: Path | None) ->
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--token {token}: the file cannot be read: {error}", name="--token") from error
     return Invitation.of(address, token)
+
+
+def with_nics(host: HostSettings, pattern: str | None) -> HostSettings:
+    """Return the settings with the RDMA devices that a pattern names; TCP where there are none and none were named.
+
+    Raises:
+        ConfigError: The pattern names nothing that is there and up.
+    """
+    from headrace.transports.nics import rdma_devices, select
+
+    devices = rdma_devices()
+    if pattern == "tcp" or (not pattern and not any(device.active for device in devices)):
+        return host
+    names = dict.fromkeys(device.name for device in select(devices, pattern or ""))
+    return replace(host, mooncake_nics=tuple(names))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headrace.cli.console import print_json, stdout
+from headrace.cli.hold import stay
 from headrace.cli.render import print_report, report_json
 from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
 from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
@@ -16,6 +19,7 @@ from headrace.telemetry import chrome_trace
 
 if TYPE_CHECKING:
     from headrace.report import UpdateReport
+    from headrace.server.parameter_server import ParameterServer
 
 
 def register(app: typer.Typer) -> None:
@@ -47,6 +51,10 @@ def update(
         float | None, typer.Option(help="Most staging memory per worker; default: what is free.")
     ] = None,
     bucket_mib: Annotated[float, typer.Option(help="Size of one bucket.")] = 64.0,
+    keep_held: Annotated[
+        bool,
+        typer.Option("--keep-held", help="Afterwards stay, and give the weights to instances that join."),
+    ] = False,
     ready_s: Annotated[
         float, typer.Option(help="How long to wait for an engine that is not up yet.")
     ] = 600.0,
@@ -71,27 +79,31 @@ def update(
         bucket_bytes=int(bucket_mib * MIB),
         deadlines=Deadlines(ready_s=ready_s),
     )
-    made = _update(checkpoint, engine_targets(to, header, ca, cert, insecure), settings, holders)
-    if made is None:
-        return
-    if report is not None:
-        report.write_text(json.dumps(report_json(made), indent=2))
-    if trace is not None:
-        trace.write_text(json.dumps(chrome_trace(made.spans)))
-    if as_json:
-        print_json(report_json(made))
-    else:
-        print_report(stdout(), made)
+    with _updated(checkpoint, engine_targets(to, header, ca, cert, insecure), settings, holders) as done:
+        if done is None:
+            return
+        made, server = done
+        if report is not None:
+            report.write_text(json.dumps(report_json(made), indent=2))
+        if trace is not None:
+            trace.write_text(json.dumps(chrome_trace(made.spans)))
+        if as_json:
+            print_json(report_json(made))
+        else:
+            print_report(stdout(), made)
+        if keep_held:
+            stay(server, str(checkpoint), (), as_json=as_json)
 
 
 def _any(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says what is allowed
     return value
 
 
-def _update(
+@contextmanager
+def _updated(
     checkpoint: Path, to: list[EngineTarget], settings: UpdateSettings, holders: int | None
-) -> UpdateReport | None:
-    """Run the update; under torchrun every rank holds a part and rank 0 leads, the others return None."""
+) -> Iterator[tuple[UpdateReport, ParameterServer] | None]:
+    """Run the update; yield while its holders live. Under torchrun every rank holds a part, and only rank 0 leads."""
     from headrace.cli.progress import UpdateProgress
     from headrace.server.parameter_server import ParameterServer
     from headrace.server.torchrun import hold_as_rank, launched_by_torchrun
@@ -99,6 +111,9 @@ def _update(
     launch = launched_by_torchrun()
     if launch is not None and launch.rank > 0:
         hold_as_rank(launch, checkpoint)
-        return None
-    with ParameterServer(checkpoint, holders=holders, launch=launch) as server, UpdateProgress() as progress:
-        return server.update(to, settings, progress=progress)
+        yield None
+        return
+    with ParameterServer(checkpoint, holders=holders, launch=launch) as server:
+        with UpdateProgress() as progress:
+            made = server.update(to, settings, progress=progress)
+        yield made, server

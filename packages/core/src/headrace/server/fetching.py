@@ -39,7 +39,7 @@ class ReadSettings:
         open_s: Deadline for reaching a holder.
         patience_s: What a request may take beside its bytes.
         least_bytes_per_s: Slower than that a holder counts as hung.
-        attempts: How often a parameter whose sum is wrong is read.
+        attempts: How often a parameter whose sum is wrong is read: first from all holders, then from one after another.
     """
 
     batch_bytes: int = 16 * MIB
@@ -47,7 +47,7 @@ class ReadSettings:
     open_s: float = 10.0
     patience_s: float = 10.0
     least_bytes_per_s: float = 2e6
-    attempts: int = 3
+    attempts: int = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Fetch:
 
     Attributes:
         lost: Holders that are not asked any more, and why.
-        suspects: Holders whose bytes were wrong: asked only for what nobody else has.
+        prefer: Holders that are asked alone, where they have everything that is wanted; empty for all.
         reach_s: Seconds that reaching holders took.
         read_s: Seconds of reading.
     """
@@ -126,7 +126,7 @@ class Fetch:
         self._settings = settings
         self._told = told
         self.lost: dict[int, HeadraceError] = {}
-        self.suspects: set[int] = set()
+        self.prefer: list[int] = []
         self.reach_s = self.read_s = 0.0
         self._ways: dict[int, Transport] = {}
         self._opening = [threading.Lock() for _ in manifests]
@@ -160,8 +160,8 @@ class Fetch:
             begin = time.monotonic()
             alive = self._reach()
             self.reach_s += time.monotonic() - begin
-            trusted = [i for i in alive if i not in self.suspects]
-            queues = self._plan(pieces, todo, trusted, total) or self._plan(pieces, todo, alive, total)
+            preferred = [i for i in self.prefer if i in alive]
+            queues = self._plan(pieces, todo, preferred, total) or self._plan(pieces, todo, alive, total)
             if queues is None:
                 raise self._nobody(pieces, todo)
             self._queues = queues

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -64,16 +65,19 @@ class JoinReport:
 
 @dataclass
 class Ways:
-    """Transports of one joiner, each made once.
+    """Transports of one joiner, each made once; asked from several threads.
 
     Attributes:
         asked: `auto`, or the one transport to use.
+        host: Address and NICs of this host.
         used: Name of the transport by holder.
     """
 
     asked: str = "auto"
+    host: HostSettings | None = None
     used: dict[str, str] = field(default_factory=dict)
     _made: dict[str, Transport] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, manifest: Manifest) -> Transport:
         """Return the transport for a holder.
@@ -87,10 +91,12 @@ class Ways:
         if name == "mooncake" and not holder.mooncake:
             text = f"holder {holder.holder_id} runs no Mooncake helper; hold with it, or join over tcp"
             raise ConfigError(text, name=holder.holder_id)
-        self.used[holder.holder_id] = name
-        if name not in self._made:
-            self._made[name] = load("headrace.transports", name)()
-        return self._made[name]
+        with self._lock:
+            self.used[holder.holder_id] = name
+            if name not in self._made:
+                make = load("headrace.transports", name)
+                self._made[name] = make(self.host) if name == "mooncake" else make()
+            return self._made[name]
 
     def close(self) -> None:
         """Close what was made; idempotent."""
@@ -137,7 +143,7 @@ def joined(
         HeadraceError: The update failed.
     """
     settings = settings or JoinSettings()
-    chosen, ways = settings.update, Ways(settings.transport)
+    chosen, ways = settings.update, Ways(settings.transport, host)
     names = [_name(target) for target in to]
     with Membership(invitation, f"{socket.gethostname()} {', '.join(names)}") as member, ExitStack() as stack:
         stack.callback(ways.close)

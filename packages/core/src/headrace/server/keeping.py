@@ -16,11 +16,10 @@ import numpy as np
 from headrace import wire
 from headrace.config import Deadlines, HostSettings
 from headrace.control.hub import Hub
-from headrace.errors import HeadraceError, LocalProtocolError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.manifest import Manifest
-from headrace.protocols import WeightSource
 from headrace.server.exchange import Exchange
-from headrace.server.holders import HolderPool, ProgressCallback, SourceSpec
+from headrace.server.holders import Crew, HolderPool, ProgressCallback, SourceSpec
 from headrace.server.invitation import Invitation
 from headrace.server.membership import Membership
 from headrace.server.switchboard import Switchboard
@@ -120,18 +119,20 @@ class Keeper:
 
 @contextmanager
 def keep(
-    source: WeightSource,
+    source: SourceSpec,
     host: HostSettings,
     *,
+    crew: Crew | None = None,
     version: int | None = None,
     partners: Sequence[Invitation] = (),
     progress: ProgressCallback | None = None,
 ) -> Iterator[Keeper]:
-    """Read a source into this host's memory and yield its keeper, which members can join from until the end.
+    """Read a source into memory and yield its keeper, which members can join from until the end.
 
     Args:
-        source: What to hold; the caller's to close.
+        source: What to hold.
         host: Sockets of this host.
+        crew: Processes that hold a part each, this one being rank 0; None holds everything here.
         version: Number of the version; None takes that of the partners, or 1.
         partners: Other keepers of the same source.
         progress: Called with (phase, bytes done, bytes in all).
@@ -141,12 +142,12 @@ def keep(
         ManifestMismatchError: A partner holds something else.
     """
     board = Switchboard(Hub(replace(host, bind_port=0)))
-    pool = HolderPool(SourceSpec(source=source), board, host)
+    pool = HolderPool(source, board, host, crew)
     try:
         with Keeper(pool, host, partners) as keeper:
             chosen = version if version is not None else (keeper.partner_version() or 1)
             if chosen < 0:
-                raise LocalProtocolError(f"version {chosen} must not be negative", name="version")
+                raise ConfigError(f"version is {chosen}; it must not be negative", name="version")
             pool.ensure(1)
             keeper.offer(pool.publish(chosen, Deadlines(), progress))
             yield keeper

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from headrace.config import host_settings
+from headrace.config import HostSettings, host_settings
 from headrace.errors import ConfigError, ConnectError
 from headrace.holder import Holder, HolderTicket
 from headrace.store.checkpoint import CheckpointSource
@@ -71,7 +71,7 @@ def launched_by_torchrun(environ: Mapping[str, str] | None = None) -> Launch | N
         raise ConfigError(message) from None
 
 
-def hold_as_rank(launch: Launch, checkpoint: Path) -> None:
+def hold_as_rank(launch: Launch, checkpoint: Path, host: HostSettings | None = None) -> None:
     """Hold this rank's part until rank 0 ends; blocking.
 
     Raises:
@@ -83,4 +83,4 @@ def hold_as_rank(launch: Launch, checkpoint: Path) -> None:
         message = f"rank 0 gave rank {launch.rank} no ticket within {TICKET_WAIT_S:.0f} s: {error}"
         raise ConnectError(message, rank=launch.rank) from error
     source = CheckpointSource(str(checkpoint), parts=launch.world_size, part=launch.rank)
-    Holder(source, ticket, host_settings()).run()
+    Holder(source, ticket, host or host_settings()).run()
