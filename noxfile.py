@@ -149,7 +149,7 @@ def _install_sglang(session: nox.Session) -> None:
     _install_wheels(session, "core", "sglang-adapter", "vllm-adapter")
 
 
-TRAINERS = ("deepspeed==0.19.8", "ninja", "setuptools", "accelerate>=1.10", "lightning==2.6.6")
+TRAINERS = ("deepspeed==0.19.8", "ninja", "setuptools", "accelerate>=1.10", "lightning==2.6.6", "peft>=0.17")
 TRAINER_TESTS = ("packages/trainer-hooks/tests", "tests/trainers")
 
 

@@ -24,11 +24,13 @@ class Piece:
         box: Which part of it; not empty.
         local: Returns the tensor that holds it now, of the box's shape; strides and device are its own affair. Called
             for every read, as trainers exchange storage.
+        is_computed: Whether `local` makes a new tensor each time.
     """
 
     name: str
     box: Box
     local: Callable[[], torch.Tensor]
+    is_computed: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ def _aliases(pieces: Sequence[Piece], params: ParamTable) -> dict[int, int]:
     found: dict[int, int] = {}
     seen: dict[tuple[object, ...], int] = {}
     for number, piece in enumerate(pieces):
+        if piece.is_computed:
+            continue
         tensor, index = piece.local(), params.index_of(piece.name)
         kind = params[index].dtype if index is not None else ""
         key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), piece.box, kind)
