@@ -59,8 +59,7 @@ class SglangBackend(ModelBackend):
 
     def restore(self, module: nn.Module) -> None:
         """Give a rewritten module new parameters as they were constructed, and tell SGLang's method so."""
-        for name, made in self._twin_of(module)._parameters.items():
-            module._parameters[name] = None if made is None else _materialized(made, self._device)
+        super().restore(module)
         layer: Any = module
         if hasattr(layer.quant_method, "restore_weights_before_loading"):
             layer.quant_method.restore_weights_before_loading(module)
@@ -111,19 +110,6 @@ class SglangBackend(ModelBackend):
             new = [key for key in made if not isinstance(had.get(key), torch.Tensor)]
             found |= dict.fromkeys((f"{path}.{key}" for key in new if feeding), feeding)
         return found
-
-    def _twin_of(self, module: nn.Module) -> nn.Module:
-        path = next(path for path, own in self._part.model.named_modules() if own is module)
-        twin: nn.Module = self._part.twin.get_submodule(path)
-        return twin
-
-
-def _materialized(twin: torch.Tensor, device: torch.device) -> Any:  # noqa: ANN401 - a parameter of the twin's class
-    """Return an empty parameter on the device with the twin's class, layout and loader."""
-    empty = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device=device)
-    made = torch.Tensor._make_subclass(type(twin), empty, twin.requires_grad)
-    made.__dict__.update(twin.__dict__)
-    return made
 
 
 def _forget_embeddings() -> None:

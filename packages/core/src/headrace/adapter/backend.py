@@ -47,9 +47,10 @@ class ModelBackend:
         return nullcontext()
 
     def restore(self, module: nn.Module) -> None:
-        """Give a rewritten module parameters in the loader's layout. The engine's own."""
-        message = f"{type(self).__name__} cannot reload {type(module).__name__}"
-        raise TypeError(message)
+        """Give a rewritten module new parameters as they were constructed; the old ones stay as they are."""
+        twin = next(twin for part in self._parts if (twin := part.twin_of(module)) is not None)
+        for name, made in twin._parameters.items():
+            module._parameters[name] = None if made is None else _materialized(made, self._device)
 
     def process(self, module: nn.Module) -> None:
         """Run the engine's post-processing of a module again. The engine's own."""
@@ -190,6 +191,14 @@ def device_uuid(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu-{socket.gethostname()}"
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _materialized(twin: torch.Tensor, device: torch.device) -> Any:  # noqa: ANN401 - a parameter of the twin's class
+    """Return an empty parameter on the device with the twin's class, layout and loader."""
+    empty = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device=device)
+    made = torch.Tensor._make_subclass(type(twin), empty, twin.requires_grad)
+    made.__dict__.update(twin.__dict__)
+    return made
 
 
 def _skeleton(parts: Sequence[Part]) -> Skeleton:

@@ -114,6 +114,12 @@ class Part:
         """Return whether some source that was seen to fill this draft is among `names`."""
         return not self._fed_by.isdisjoint(names)
 
+    def twin_of(self, module: nn.Module) -> nn.Module | None:
+        """Return a module as it was constructed, or None where it is not this model's."""
+        path = next((path for path, own in self.model.named_modules() if own is module), None)
+        twin: nn.Module | None = None if path is None else self.twin.get_submodule(path)
+        return twin
+
     def rewritten(self) -> list[nn.Module]:
         """Return modules whose parameters are not what the loader wrote, outermost first."""
         twins = dict(self.twin.named_modules())
