@@ -23,6 +23,14 @@ from headrace_trainers.hook import Hook
 
 TOKENS = (1, 32)
 LEARNING_RATE = 1e-6
+SMALL_BUFFERS = {
+    "reduce_bucket_size": 20_000_000,
+    "stage3_prefetch_bucket_size": 20_000_000,
+    "stage3_max_live_parameters": 20_000_000,
+    "stage3_max_reuse_distance": 20_000_000,
+    "sub_group_size": 50_000_000,
+}
+"""DeepSpeed's own are meant for GPUs and take gigabytes of this machine's memory."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +233,9 @@ def _zero3(run: Run) -> _Trainer:
     _fill(model)
     config = {
         "train_micro_batch_size_per_gpu": TOKENS[0],
-        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "torch_adam": True}},
-        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": SMALL_BUFFERS | {"stage": 3},
         "bf16": {"enabled": True},
     }
     engine, *_ = ds.initialize(model=model, model_parameters=model.parameters(), config=config)

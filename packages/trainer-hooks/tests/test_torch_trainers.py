@@ -75,3 +75,30 @@ def on_three_ranks(folder: Path) -> Iterator[dict[str, list[str]]]:
 @pytest.mark.parametrize("name", RESHARDED)
 def test_three_ranks_into_two_workers(on_three_ranks: dict[str, list[str]], name: str) -> None:
     assert on_three_ranks[name] == []
+
+
+def attach_late(rank: int, world_size: int, port: int, url: str, folder: Path) -> dict[str, list[str]]:
+    """Attach after a step and an evaluation, which leaves the root's parameters gathered."""
+    join(rank, world_size, port)
+    found: dict[str, list[str]] = {}
+    for name in ("fsdp2", "fsdp1-full-orig", "fsdp1-grad-op"):
+        trainer = LAYOUTS[name](folder)
+        trainer.step(batch(1, rank))
+        with torch.no_grad():
+            trainer.model(input_ids=batch(2, rank))
+        with fsdp.attach(trainer.model, trainer.optimizer, to=f"torch={url}", mode="wait", on_error="raise") as hook:
+            hook.flush()
+            before = trainer.whole()
+            wrong = compare(url, before, torch.float32, torch.float32) if rank == 0 else []
+            trainer.step(batch(3, rank))
+            after = trainer.whole()
+            wrong += compare(url, after, torch.float32, torch.float32) if rank == 0 else []
+        found[name] = wrong
+    return found
+
+
+@pytest.mark.timeout(150)
+def test_attached_after_an_evaluation(folder: Path) -> None:
+    with EngineProcess(folder, 1, "--dtype", "float32") as engine:
+        found = run_ranks(attach_late, 2, 100, free_port(), engine.url, folder)[0]
+    assert not any(found.values()), found

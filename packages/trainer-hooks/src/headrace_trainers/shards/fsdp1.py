@@ -39,7 +39,7 @@ def _of_handle(handle: Any, prefixes: dict[int, str]) -> Iterator[tuple[ParamMet
             first, last = place.intra_param_start_idx, place.intra_param_end_idx + 1
             window = _window(flat, place.offset_in_shard, place.numel_in_shard)
             pieces = flat_pieces(name, tuple(shape), first, last, window)
-        found[name] = (meta_of(name, flat, tuple(shape)), pieces)
+        found[name] = (meta_of(name, _shard(flat), tuple(shape)), pieces)
     yield from found.values()
     for local_name, module, _, owner_name, owner, _ in flat._shared_param_infos:
         meta, pieces = found[_full_name(prefixes, owner, owner_name)]
@@ -48,12 +48,13 @@ def _of_handle(handle: Any, prefixes: dict[int, str]) -> Iterator[tuple[ParamMet
 
 
 def _window(flat: Any, begin: int, count: int) -> Callable[[], torch.Tensor]:  # noqa: ANN401 - a FlatParameter
-    def window() -> torch.Tensor:
-        # `_local_shard` appears with the first forward; until then the flat parameter is the shard.
-        shard: torch.Tensor = getattr(flat, "_local_shard", flat.data)
-        return shard[begin : begin + count]
+    return lambda: _shard(flat)[begin : begin + count]
 
-    return window
+
+def _shard(flat: Any) -> torch.Tensor:  # noqa: ANN401
+    """Return the rank's own part. `_local_shard` appears with the first forward; until then it is the parameter."""
+    shard: torch.Tensor = getattr(flat, "_local_shard", flat.data)
+    return shard
 
 
 def _full_name(prefixes: dict[int, str], module: nn.Module, local_name: str) -> str:

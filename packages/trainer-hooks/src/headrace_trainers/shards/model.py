@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
 from torch.distributed.tensor import DTensor
 
@@ -58,6 +59,7 @@ def _everything(model: nn.Module) -> Iterator[tuple[ParamMeta, list[Piece]]]:
 
 
 def _as_they_are(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[tuple[ParamMeta, list[Piece]]]:
+    _reshard(model)
     flat = {meta.name: (meta, own) for meta, own in fsdp1_pieces(model)} if _has_fsdp1(model) else {}
     if flat and layers:
         raise ConfigError("LoRA adapters under FSDP1 cannot be merged without a gather; use DDP or ZeRO 0 to 2")
@@ -72,6 +74,13 @@ def _as_they_are(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[tuple[
             yield _of_parameter(name, parameter, axes)
     for wrapped, buffer in _persistent_buffers(model):
         yield _of_parameter(clean_name(wrapped), buffer, axes)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Put DTensors back where a forward without gradients has left FSDP2's gathered parameters. No collective."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _axes(tensor: DTensor) -> tuple[str, ...]:
