@@ -19,9 +19,9 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
     workers), `live_bytes` (written into live tensors in the pause), `seconds` (`read`, `plan`, `stage`,
     `commit`, `stall`, `total`, `overhead`), `gb_per_s` (live bytes over the longest commit, 1e9),
     `memcpy_gb_per_s` and `share_of_memcpy` (None where no ceiling was measured), `unused_names`, and
-    `engines`, each with `address` and `seconds` (`stall`), and `workers`, each with `instance`, `rank`, `route`, `transport`, `why`, `ring`,
-    `bytes`, `live_bytes`, `seconds` (`stage`, `commit`, `verify`), `casts`, `opaque_names`. Spans are in the
-    trace, not here.
+    `engines`, each with `address` and `seconds` (`stall`), and `workers`, each with `instance`, `rank`, `route`,
+    `transport`, `why`, `ring`, `bytes`, `live_bytes`, `seconds` (`stage`, `commit`, `verify`), `casts`,
+    `opaque_names`. Spans are in the trace, not here.
 
     Args:
         report: What an update returned.
