@@ -33,6 +33,7 @@ if not Path(VLLM_PYTHON).is_file():
 
 import torchvision_operators  # noqa: E402, F401 - transformers imports torchvision where it is installed
 from checkpoints import checkpoints_of  # noqa: E402
+from folders import socket_dir  # noqa: E402, F401 - a fixture of this module
 from oracle import Oracle  # noqa: E402
 from prompts import PROMPT  # noqa: E402
 from sglang_server import SglangServer  # noqa: E402
@@ -41,16 +42,6 @@ from headrace.errors import HeadraceError  # noqa: E402
 from headrace.server.parameter_server import ParameterServer  # noqa: E402
 
 pytestmark = pytest.mark.timeout(280)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def socket_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Set the socket folder for this process and the servers that it starts."""
-    folder = tmp_path_factory.mktemp("s")
-    folder.chmod(0o700)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADRACE_SOCKET_DIR", str(folder))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place in SGLang that is wrapped: dotted path, SGLang's name for the way, and what goes there."""
+    """A place in SGLang that is wrapped.
+
+    Attributes:
+        path: Dotted path.
+        way: SGLang's name for the way.
+        hook: What goes there.
+        needed: Whether updates are impossible without it.
+    """
 
     path: str
     way: str
     hook: Callable[..., Any]
+    needed: bool = True
 
 
 _registered = False
@@ -65,6 +73,7 @@ def hook_points() -> list[HookPoint]:
             f"{srt}.managers.scheduler.Scheduler._record_scheduler_state_for_paused_engine",
             "before",
             worker.give_way,
+            needed=False,
         ),
     ]
 
@@ -77,7 +86,7 @@ def why_not() -> str:
         SUPPORTED.check(sglang.__version__)
     except BackendUnavailableError as error:
         return str(error)
-    missing = [point.path for point in hook_points() if not _exists(point.path)]
+    missing = [point.path for point in hook_points() if point.needed and not _exists(point.path)]
     if missing:
         return f"SGLang {sglang.__version__} has no {', '.join(missing)}, which headrace-sglang needs; take {SUPPORTED}"
     return ""
