@@ -73,6 +73,7 @@ def test_json_has_the_documented_keys_and_survives_a_round_trip() -> None:
         "seconds": {"stage": 0.25, "commit": 1.5, "verify": 0.125},
         "casts": ["bfloat16->float32 (311 tensors)"],
         "opaque_names": [],
+        "left_names": [],
     }
     documented = report_json.__doc__ or ""
     assert all(f"`{key}`" in documented for key in [*data, *workers[0]])

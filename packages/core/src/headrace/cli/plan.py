@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
+from headrace.cli.render import way_json
 from headrace.cli.simulated_fabric import fabric_json, fabric_table, is_fabric, predictions
 from headrace.cli.targets import Ca, Certificate, Headers, Insecure, ToOption, engine_targets
 from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
@@ -153,20 +154,12 @@ def plan_json(report: PlanReport, gb_per_s: float | None = None) -> dict[str, ob
 
 def _worker_json(worker: PlannedWorker, report: PlanReport) -> dict[str, object]:
     return {
-        "instance": worker.worker.instance,
-        "rank": worker.worker.rank,
-        "route": worker.route,
-        "transport": worker.transport,
-        "why": worker.why,
-        "ring": worker.ring,
-        "bytes": worker.num_bytes,
-        "live_bytes": worker.live_bytes,
+        **way_json(worker),
         "from_holders": {report.holders[holder][0]: given for holder, given in worker.from_holders.items()},
         "num_copies": worker.num_copies,
         "num_buckets": worker.num_buckets,
         "opaque_names": list(worker.opaque),
         "opaque_reasons": worker.opaque_reasons,
-        "casts": list(worker.casts),
     }
 
 

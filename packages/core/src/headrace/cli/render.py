@@ -11,17 +11,19 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from headrace.server.plan_report import PlannedWorker
+
 
 def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> dict[str, object]:
     """Return a report as plain data; seconds as numbers, bytes as integers.
 
-    Keys: `update_id`, `version`, `first` (recording and proof included), `cache`, `verify`, `bytes` (of all
-    workers), `live_bytes` (written into live tensors in the pause), `seconds` (`read`, `plan`, `stage`,
-    `commit`, `stall`, `total`, `overhead`), `gb_per_s` (live bytes over the longest commit, 1e9),
-    `memcpy_gb_per_s` and `share_of_memcpy` (None where no ceiling was measured), `unused_names`, and
+    Keys: `update_id`, `version`, `step` (a trainer's, else None), `first` (recording and proof included), `cache`,
+    `verify`, `bytes` (of all workers), `live_bytes` (written into live tensors in the pause), `seconds` (`read`,
+    `plan`, `stage`, `commit`, `stall`, `total`, `overhead`), `gb_per_s` (live bytes over the longest commit, 1e9),
+    `memcpy_gb_per_s` and `share_of_memcpy` (None where no ceiling was measured), `unused_names`,
     `engines`, each with `address` and `seconds` (`stall`), and `workers`, each with `instance`, `rank`, `route`,
-    `transport`, `why`, `ring`, `bytes`, `live_bytes`, `seconds` (`stage`, `commit`, `verify`), `casts`,
-    `opaque_names`. Spans are in the trace, not here.
+    `transport`, `why`, `ring`, `bytes`, `live_bytes`, `casts`, `seconds` (`stage`, `commit`, `verify`),
+    `opaque_names`, `left_names` (live tensors that the source has nothing for). Spans are in the trace, not here.
 
     Args:
         report: What an update returned.
@@ -30,6 +32,7 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
     return {
         "update_id": report.update_id,
         "version": report.version,
+        "step": report.step,
         "first": report.first,
         "cache": report.cache,
         "verify": report.verify,
@@ -50,6 +53,16 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
 
 def _worker_json(worker: WorkerReport) -> dict[str, object]:
     return {
+        **way_json(worker),
+        "seconds": {"stage": worker.stage_s, "commit": worker.commit_s, "verify": worker.verify_s},
+        "opaque_names": list(worker.opaque_names),
+        "left_names": list(worker.left_names),
+    }
+
+
+def way_json(worker: WorkerReport | PlannedWorker) -> dict[str, object]:
+    """Return which way a worker's bytes took, or would take, as plain data."""
+    return {
         "instance": worker.worker.instance,
         "rank": worker.worker.rank,
         "route": worker.route,
@@ -58,9 +71,7 @@ def _worker_json(worker: WorkerReport) -> dict[str, object]:
         "ring": worker.ring,
         "bytes": worker.num_bytes,
         "live_bytes": worker.live_bytes,
-        "seconds": {"stage": worker.stage_s, "commit": worker.commit_s, "verify": worker.verify_s},
         "casts": list(worker.casts),
-        "opaque_names": list(worker.opaque_names),
     }
 
 
@@ -131,6 +142,9 @@ def _notes(report: UpdateReport) -> list[str]:
     notes = [*(engines if len(engines) > 1 else ()), *reasons, *rings, *casts]
     if opaque:
         notes.append(f"through the engine's own loader: {_names(list(opaque))}")
+    left = dict.fromkeys(name for w in report.workers for name in w.left_names)
+    if left:
+        notes.append(f"left as they were, the source has nothing for them: {_names(list(left))}")
     if report.unused_names:
         notes.append(f"unused names of the source: {_names(list(report.unused_names))}")
     return notes
