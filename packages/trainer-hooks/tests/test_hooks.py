@@ -135,6 +135,9 @@ def all_ranks_raise_later(rank: int, _url: str, trainer: Trainer) -> None:
     hook = fsdp.attach(trainer.model, trainer.optimizer, to=down, on_error="raise", update=quick())
     with pytest.raises(UpdateFailedError, match="not ready"):
         _train_on(trainer, rank)
+    steps: list[Any] = [None, None]
+    dist.all_gather_object(steps, hook.step)
+    assert steps[0] == steps[1]
     hook.close(publish=False)
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from headrace_trainers.shards import shards_of
 from headrace_trainers.source import ShardSource
 
 logger = logging.getLogger(__name__)
-_FAILED = "failed"
+_END = "end"
 
 
 class Hook:
@@ -51,6 +51,7 @@ class Hook:
         self._waited_s = self._told_s = 0.0
         self._rounds = 0
         self._failures: dict[str, str] = {}
+        self._end: dict[str, Any] | None = None
         self._closed = False
         atexit.register(self.close, publish=False)
 
@@ -79,9 +80,11 @@ class Hook:
             return
         self._source.mark_written()
         self._fence.end_write(applied=applied)
-        if applied and self._fence.step % self.settings.every == 0:
-            self._publish(wait=self.settings.mode == "wait")
-        self._deliver()
+        is_due = applied and self._fence.step % self.settings.every == 0
+        is_shared = is_due and self.settings.mode == "wait"
+        if is_due:
+            self._publish(wait=is_shared)
+        self._deliver(is_shared=is_shared)
         self._raise_if_told()
 
     def flush(self) -> None:
@@ -93,7 +96,7 @@ class Hook:
         self._source.mark_written()
         self._fence.end()
         self._publish(wait=True)
-        self._deliver()
+        self._deliver(is_shared=True)
         self._raise_if_told()
 
     def close(self, *, publish: bool = True) -> None:
@@ -117,7 +120,7 @@ class Hook:
             if self._publisher is not None:
                 self._publisher.close()
                 self._crew.dismiss()
-                self._deliver()
+                self._deliver(is_shared=True)
             if self._holder is not None:
                 self._holder.close(self.settings.deadline_s if publish else JOIN_S)
             self._source.close()
@@ -154,29 +157,38 @@ class Hook:
             self._failures = {"": f"the update did not end within {self.settings.deadline_s:g} s"}
         self._crew.tell_outcome(self._rounds, self._failures)
 
-    def _deliver(self) -> None:
-        """Hand reports over, in the training thread; rank 0 has them."""
+    def _deliver(self, *, is_shared: bool) -> None:
+        """Hand reports over, in the training thread; rank 0 has them. `is_shared` if all ranks know how it went."""
         if self._publisher is None:
             return
         for report in self._publisher.reports(self.held_s - self._told_s):
             self._told_s += report.held_s
             self.last_report = report
-            self._failures = self._failures or report.failures
+            if report.failures and self.settings.on_error == "raise" and not is_shared:
+                self._plan_end(report.failures)
             if self.settings.report is not None:
                 try:
                     self.settings.report(report)
                 except Exception:  # a user's logger must not end training
                     logger.exception("the report callback of the Headrace hook failed")
 
+    def _plan_end(self, failures: dict[str, str]) -> None:
+        """Have all ranks raise after the same step: a rank that has ended this one already hears of it in the next."""
+        if self._end is None:
+            at = self._fence.step + (1 if self._crew.world_size > 1 else 0)
+            self._end = {"step": at, "failures": failures}
+            self._crew.tell(_END, json.dumps(self._end))
+
     def _raise_if_told(self) -> None:
         """Raise on every rank what went wrong, if training is to end by it."""
         failures, self._failures = self._failures, {}
         if self.settings.on_error != "raise":
             return
-        if self._crew.rank and not failures and (said := self._crew.heard(_FAILED)):
-            failures = json.loads(said)
+        if self._crew.rank and self.settings.mode == "background" and self._end is None:
+            said = self._crew.heard(_END)
+            self._end = None if said is None else json.loads(said)
+        if not failures and self._end is not None and self._fence.step >= self._end["step"]:
+            failures, self._end = self._end["failures"], None
         if failures:
-            if self._crew.rank == 0:
-                self._crew.tell(_FAILED, json.dumps(failures))
             text = "; ".join(f"{name}: {why}" if name else why for name, why in failures.items())
             raise UpdateFailedError(text, phase="hook")
