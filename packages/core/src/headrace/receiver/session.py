@@ -65,6 +65,7 @@ class Session:
         self._delivery: Delivery | None = None
         self._targets: Destinations | None = None
         self._pointers: list[int] = []
+        self._derived: tuple[str, ...] = ()
         self._verify = "none"
         self._early: wire.AnyMessage | None = None
         self._handlers: dict[str, dict[type[wire.Message], Callable[..., wire.Message]]] = {
@@ -168,6 +169,8 @@ class Session:
         device = self._backend.identity().device
         targets = self._targets = Destinations.of(recipe, message.plan, self._backend.live_tensors(), device)
         self._pointers = targets.pointers()
+        # Looked up while the engine serves: it takes a walk over all modules.
+        self._derived = tuple(self._backend.derived())
         self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
         self._delivery.stage(message.deadline_s)
         self._receiver.keep_mapped(segment.segment_id for segment in message.plan.segments)
@@ -213,7 +216,7 @@ class Session:
             delivery.commit(message.deadline_s, self._writing, compare=self._verify == "full")
             write_fills(recipe.fills, targets.targets)
             self._reload(targets)
-            self._backend.rederive(tuple(self._backend.derived()))
+            self._backend.rederive(self._derived)
             self._device.settle()
         sums = np.zeros(0, np.uint64)
         if self._verify == "digest":
