@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from headrace.errors import (
     ConnectError,
     LocalProtocolError,
     PeerLostError,
-    TransferTimeoutError,
     TransportClosedError,
 )
 from headrace.manifest import HolderAddress, SegmentDescriptor
@@ -27,6 +26,7 @@ from headrace.plan import CopyTable
 from headrace.segments import HostSegment
 from headrace.transports import mooncake_reader
 from headrace.transports.binding import bind_copies
+from headrace.transports.jobs import ReadBoard
 from headrace.transports.mooncake_engine import require_mooncake
 from headrace.transports.mooncake_process import Answer, HelperProcess
 from headrace.transports.mooncake_reads import StagedReads, staged_reads
@@ -39,7 +39,6 @@ NUM_SLOTS = 6
 LEAST_SLOTS = 3
 _COPY_S = 60.0
 _SLOT_S = 60.0
-_ABORT_S = 5.0
 
 require_mooncake()
 
@@ -60,12 +59,8 @@ class MooncakeTransport:
         self._host = host or host_settings()
         self._slot_bytes = slot_bytes
         self._places: dict[str, tuple[str, int]] = {}
-        self._jobs: dict[int, _Job] = {}
-        self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
+        self._board = ReadBoard("mooncake", NUM_SLOTS)
         self._staging: _Staging | None = None
-        self._readers: ThreadPoolExecutor | None = None
-        self._closed = False
 
     @property
     def name(self) -> str:
@@ -77,8 +72,8 @@ class MooncakeTransport:
         if not holder.mooncake:
             message = f"holder {holder.holder_id} runs no Mooncake helper; hold with --transport mooncake"
             raise ConnectError(message, name=holder.holder_id)
-        with self._lock:
-            self._check_open()
+        with self._board.lock:
+            self._board.check_open()
             if self._places.get(segment.segment_id, ("",))[0] == holder.mooncake:
                 return
         answer = self._fresh_staging().helper.call({"session": holder.mooncake}, deadline_s)
@@ -91,12 +86,12 @@ class MooncakeTransport:
                 f"segment {segment.segment_id} cannot be read from holder {holder.holder_id}: it {there}"
             )
             raise ConnectError(message, name=segment.segment_id)
-        with self._lock:
+        with self._board.lock:
             self._places[segment.segment_id] = (holder.mooncake, int(place[0]))
 
     def retain(self, segment_ids: Collection[str]) -> None:
         """Forget all other segments."""
-        with self._lock:
+        with self._board.lock:
             self._places = {name: place for name, place in self._places.items() if name in set(segment_ids)}
 
     def submit(
@@ -117,14 +112,7 @@ class MooncakeTransport:
             mine = np.array([other == session for other, _ in places])
             for batch in staged_reads(copies.take(mine[copies.src_block]), self._slot_bytes):
                 job.reads.append(_Read(session, batch, [address for _, address in places]))
-        with self._lock:
-            self._check_open()
-            if self._readers is None:
-                self._readers = ThreadPoolExecutor(NUM_SLOTS, "headrace-mooncake-read")
-            number = next(self._numbers)
-            self._jobs[number] = job
-            job.futures = [self._readers.submit(self._run, job, read) for read in job.reads]
-        return number
+        return self._board.start(job, [partial(self._run, job, read) for read in job.reads])
 
     def wait(self, job: int, deadline_s: float) -> None:
         """Wait for a job; after an error nothing of it lands in its blocks any more.
@@ -132,53 +120,20 @@ class MooncakeTransport:
         Raises:
             LocalProtocolError: There is no such job, or it was waited for before.
         """
-        with self._lock:
-            self._check_open()
-            found = self._jobs.get(job)
-        if found is None:
-            message = f"job {job} is unknown; each job is waited for once"
-            raise LocalProtocolError(message)
-        try:
-            self._finish(found, deadline_s)
-        finally:
-            with self._lock:
-                self._jobs.pop(job, None)
+        self._board.wait(job, deadline_s)
 
     def close(self) -> None:
         """End the helper and all reads; idempotent."""
-        with self._lock:
-            self._closed = True
-            jobs, readers, staging = list(self._jobs.values()), self._readers, self._staging
-            self._staging = None
-        for job in jobs:
-            job.abort()
+        self._board.close()
+        with self._board.lock:
+            staging, self._staging = self._staging, None
         if staging is not None:
             staging.close()
-        if readers is not None:
-            readers.shutdown(wait=True, cancel_futures=True)
-
-    def _finish(self, job: _Job, deadline_s: float) -> None:
-        done, pending = wait(job.futures, max(0.0, deadline_s), FIRST_EXCEPTION)
-        failed = next((f.exception() for f in done if not f.cancelled() and f.exception() is not None), None)
-        if failed is None and not pending:
-            return
-        job.abort()
-        wait(job.futures, _ABORT_S)
-        if self._closed:
-            raise _closed()
-        if failed is not None:
-            raise failed
-        names = ", ".join(sorted({read.session for read in job.reads}))
-        message = f"reading from {names} through Mooncake was not done within {deadline_s:g} s"
-        raise TransferTimeoutError(message, name=names, retryable=True)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise _closed()
+        self._board.join()
 
     def _place(self, segment_id: str) -> tuple[str, int]:
-        with self._lock:
-            self._check_open()
+        with self._board.lock:
+            self._board.check_open()
             found = self._places.get(segment_id)
         if found is None:
             message = f"segment {segment_id} is not open; open it first"
@@ -187,8 +142,8 @@ class MooncakeTransport:
 
     def _fresh_staging(self) -> _Staging:
         """Return staging with enough slots that can still be used, with a new helper where there is none."""
-        with self._lock:
-            self._check_open()
+        with self._board.lock:
+            self._board.check_open()
             if self._staging is not None and self._staging.usable:
                 return self._staging
             if self._staging is not None:
@@ -232,10 +187,14 @@ class _Job:
     def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
         self.blocks = blocks
         self.reads: list[_Read] = []
-        self.futures: list[Future[None]] = []
         self.aborted = False
         self._lock = threading.Lock()
         self._wakeups: set[threading.Event] = set()
+
+    @property
+    def peers(self) -> str:
+        """The holders' helpers."""
+        return ", ".join(sorted({read.session for read in self.reads}))
 
     def await_answer(self, answer: Future[Answer]) -> None:
         """Wait for the helper.
@@ -271,8 +230,6 @@ class _Job:
             self.aborted = True
             for wakeup in self._wakeups:
                 wakeup.set()
-        for future in self.futures:
-            future.cancel()
 
 
 class _Staging:

@@ -7,9 +7,9 @@ import socket
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from headrace.errors import (
     LocalProtocolError,
     PeerLostError,
     RemoteProtocolError,
-    TransferTimeoutError,
-    TransportClosedError,
 )
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import CopyTable
+from headrace.transports.jobs import ReadBoard
 from headrace.transports.program import CopyProgram, addressable_bytes, is_flat
 from headrace.transports.rows import Mask, Rows, batches, cut_rows, dense_strides, joined_spans, packed_bases
 from headrace.transports.tcp_frames import (
@@ -43,7 +42,6 @@ _LEAST_PART_BYTES = 16 << 20
 _UNPACK_BYTES = 4 << 20
 _DIAL_S = 10.0
 _SILENCE_S = 60.0
-_ABORT_S = 5.0
 
 
 class TcpTransport:
@@ -56,11 +54,7 @@ class TcpTransport:
     def __init__(self) -> None:
         self._holder_of: dict[str, HolderAddress] = {}
         self._idle: dict[HolderAddress, list[Line]] = defaultdict(list)
-        self._jobs: dict[int, _Job] = {}
-        self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
-        self._readers: ThreadPoolExecutor | None = None
-        self._closed = False
+        self._board = ReadBoard("tcp", _MAX_READERS)
 
     @property
     def name(self) -> str:
@@ -69,8 +63,8 @@ class TcpTransport:
 
     def open(self, holder: HolderAddress, segment: SegmentDescriptor, deadline_s: float) -> None:
         """Ask the holder whether it has the segment."""
-        with self._lock:
-            self._check_open()
+        with self._board.lock:
+            self._board.check_open()
             if self._holder_of.get(segment.segment_id) == holder:
                 return
         line = self._line(holder, deadline_s)
@@ -93,12 +87,12 @@ class TcpTransport:
                 f"{segment.num_bytes}; ask for a new manifest"
             )
             raise ConnectError(message, name=segment.segment_id)
-        with self._lock:
+        with self._board.lock:
             self._holder_of[segment.segment_id] = holder
 
     def retain(self, segment_ids: Collection[str]) -> None:
         """Forget all other segments, and connections to holders that have none left."""
-        with self._lock:
+        with self._board.lock:
             for gone in self._holder_of.keys() - set(segment_ids):
                 del self._holder_of[gone]
             for holder in self._idle.keys() - set(self._holder_of.values()):
@@ -118,19 +112,12 @@ class TcpTransport:
         Rows.sources(copies).check([segment.num_bytes for segment in segments], "source")
         Rows.destinations(copies).check([addressable_bytes(block) for block in blocks], "destination")
         copies = copies.take(np.flatnonzero(copies.num_elements))
-        job = _Job()
+        job = _Job(self._board)
         for holder in dict.fromkeys(holders):
             mine = np.array([other == holder for other in holders])
             for part in _parts(copies.take(mine[copies.src_block])):
                 job.reads.append(_Read(holder, part, segments, blocks))
-        with self._lock:
-            self._check_open()
-            if self._readers is None:
-                self._readers = ThreadPoolExecutor(_MAX_READERS, "headrace-tcp-read")
-            number = next(self._numbers)
-            self._jobs[number] = job
-            job.futures = [self._readers.submit(self._run, job, read) for read in job.reads]
-        return number
+        return self._board.start(job, [partial(self._run, job, read) for read in job.reads])
 
     def wait(self, job: int, deadline_s: float) -> None:
         """Wait for a job; on any error its connections are broken, so that nothing lands afterwards.
@@ -139,54 +126,21 @@ class TcpTransport:
             LocalProtocolError: There is no such job, or it was waited for before.
             RemoteProtocolError: The holder does not hold a segment any more.
         """
-        with self._lock:
-            self._check_open()
-            found = self._jobs.get(job)
-        if found is None:
-            message = f"job {job} is unknown; each job is waited for once"
-            raise LocalProtocolError(message)
-        try:
-            self._finish(found, deadline_s)
-        finally:
-            with self._lock:
-                self._jobs.pop(job, None)
+        self._board.wait(job, deadline_s)
 
     def close(self) -> None:
         """Break all connections and end all reads; idempotent."""
-        with self._lock:
-            self._closed = True
-            jobs, readers = list(self._jobs.values()), self._readers
+        self._board.close()
+        with self._board.lock:
             idle = [line for lines in self._idle.values() for line in lines]
             self._idle.clear()
-        for job in jobs:
-            job.abort()
         for line in idle:
             line.close()
-        if readers is not None:
-            readers.shutdown(wait=True, cancel_futures=True)
-
-    def _finish(self, job: _Job, deadline_s: float) -> None:
-        done, pending = wait(job.futures, max(0.0, deadline_s), FIRST_EXCEPTION)
-        failed = next((error for future in done if (error := _failure(future)) is not None), None)
-        if failed is None and not pending:
-            return
-        job.abort()
-        wait(job.futures, _ABORT_S)
-        if self._closed:
-            raise _closed()
-        if failed is not None:
-            raise failed
-        names = ", ".join(sorted({read.holder.holder_id for read in job.reads}))
-        message = f"reading from {names} was not done within {deadline_s:g} s"
-        raise TransferTimeoutError(message, name=names, retryable=True)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise _closed()
+        self._board.join()
 
     def _holder(self, segment_id: str) -> HolderAddress:
-        with self._lock:
-            self._check_open()
+        with self._board.lock:
+            self._board.check_open()
             found = self._holder_of.get(segment_id)
         if found is None:
             message = f"segment {segment_id} is not open; open it first"
@@ -194,8 +148,8 @@ class TcpTransport:
         return found
 
     def _line(self, holder: HolderAddress, deadline_s: float) -> Line:
-        with self._lock:
-            self._check_open()
+        with self._board.lock:
+            self._board.check_open()
             idle = self._idle[holder]
             while idle:
                 line = idle.pop()
@@ -206,8 +160,8 @@ class TcpTransport:
         return _dial(holder, deadline_s)
 
     def _give_back(self, holder: HolderAddress, line: Line) -> None:
-        with self._lock:
-            if not self._closed and len(self._idle[holder]) < _CONNECTIONS_PER_HOLDER:
+        with self._board.lock:
+            if not self._board.closed and len(self._idle[holder]) < _CONNECTIONS_PER_HOLDER:
                 self._idle[holder].append(line)
                 return
         line.close()
@@ -280,11 +234,16 @@ class _Read:
 class _Job:
     """Reads under way, and the connections that they use."""
 
+    board: ReadBoard
     reads: list[_Read] = field(default_factory=list)
-    futures: list[Future[None]] = field(default_factory=list)
     _lines: set[Line] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _aborted: bool = False
+
+    @property
+    def peers(self) -> str:
+        """The holders' names."""
+        return ", ".join(sorted({read.holder.holder_id for read in self.reads}))
 
     @contextmanager
     def using(self, line: Line) -> Iterator[None]:
@@ -292,7 +251,7 @@ class _Job:
         with self._lock:
             if self._aborted:
                 line.close()
-                raise _closed()
+                raise self.board.closed_error()
             self._lines.add(line)
         try:
             yield
@@ -309,8 +268,6 @@ class _Job:
             self._aborted = True
             for line in self._lines:
                 line.abort()
-        for future in self.futures:
-            future.cancel()
 
 
 def _parts(copies: CopyTable) -> list[CopyTable]:
@@ -339,14 +296,6 @@ def _unpacking(copies: CopyTable) -> CopyTable:
 
 def _bytes_of(block: torch.Tensor) -> memoryview:
     return memoryview(block.detach().numpy())  # type: ignore[arg-type]
-
-
-def _failure(future: Future[None]) -> BaseException | None:
-    return None if future.cancelled() else future.exception()
-
-
-def _closed() -> TransportClosedError:
-    return TransportClosedError("the tcp transport was closed", name="tcp")
 
 
 def _dial(holder: HolderAddress, deadline_s: float) -> Line:
