@@ -6,6 +6,7 @@ from dataclasses import asdict
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from headrace.adapter.calls import version_number
 from headrace.engine_http import HttpEngine, decoded
 from headrace.errors import (
     BackendUnavailableError,
@@ -87,8 +88,7 @@ class VllmControl(HttpEngine):
         response = self._send("GET", "/weight_info", deadline_s)
         if response.status_code == HTTPStatus.NOT_FOUND:
             return None
-        version = self._answer("/weight_info", response).get("weight_version")
-        return int(version) if isinstance(version, str) and version.isdecimal() else None
+        return version_number(self._answer("/weight_info", response).get("weight_version"))
 
     def _answer(self, path: str, response: httpx.Response) -> dict[str, object]:
         if not response.is_success:

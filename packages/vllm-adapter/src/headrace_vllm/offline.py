@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from headrace.errors import ConfigError, HeadraceError, RemoteProtocolError, TransferTimeoutError
+from headrace.adapter.calls import await_within, call_within, running_loop, version_number
+from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.protocols import EngineControl, Ticket
     from headrace.types import CacheMode
 
+T = TypeVar("T")
 _TRANSFER, _EXTENSION = "init_weight_transfer_engine", "headrace_enrol"
 
 
@@ -40,7 +39,7 @@ def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineCon
         raise ConfigError(message, name="llm")
     method = _enrol_method(config)
     if asyncio.iscoroutinefunction(llm.collective_rpc):
-        return AsyncLlmControl(llm, config, method, loop or _running_loop())
+        return AsyncLlmControl(llm, config, method, loop or running_loop("an AsyncLLM"))
     return LlmControl(getattr(llm, "llm_engine", llm), config, method)
 
 
@@ -55,14 +54,6 @@ def _enrol_method(config: Any) -> str:  # noqa: ANN401 - a VllmConfig
         "or worker_extension_cls='headrace_vllm.WorkerExtension'"
     )
     raise ConfigError(message, name="llm")
-
-
-def _running_loop() -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        message = "attach an AsyncLLM inside its event loop, or give the loop"
-        raise ConfigError(message, name="loop") from None
 
 
 def _call_of(method: str, ticket: Ticket) -> dict[str, Any]:
@@ -125,7 +116,7 @@ class LlmControl(_Attached):
         """Return the version that vLLM reports, or None where no update was made."""
         if not hasattr(self._engine, "get_weight_version"):
             return self._version
-        return _number(self._within(deadline_s, self._engine.get_weight_version))
+        return version_number(self._within(deadline_s, self._engine.get_weight_version))
 
     def _core(self, name: str, *args: object) -> object:
         """Call the engine core, in this process or in its own."""
@@ -134,27 +125,9 @@ class LlmControl(_Attached):
             return client.call_utility(name, *args)
         return getattr(client.engine_core, name)(*args)
 
-    def _within(self, deadline_s: float, call: Callable[[], Any]) -> Any:  # noqa: ANN401
+    def _within(self, deadline_s: float, call: Callable[[], T]) -> T:
         """Run a blocking call of vLLM, which has no deadlines of its own."""
-        done: list[Any] = []
-        failed: list[Exception] = []
-
-        def run() -> None:
-            try:
-                done.append(call())
-            except Exception as error:  # noqa: BLE001 - carried to the caller's thread
-                failed.append(error)
-
-        thread = threading.Thread(target=run, name="headrace-vllm-call", daemon=True)
-        begin = time.monotonic()
-        thread.start()
-        thread.join(deadline_s)
-        if failed:
-            raise _refused(self.address, failed[0]) from failed[0]
-        if not done:
-            message = f"{self.address} did not answer within {time.monotonic() - begin:.1f} s"
-            raise TransferTimeoutError(message, name=self.address, retryable=True)
-        return done[0]
+        return call_within(self.address, deadline_s, call)
 
 
 class AsyncLlmControl(_Attached):
@@ -189,25 +162,7 @@ class AsyncLlmControl(_Attached):
         """Return the version that vLLM reports, or None where no update was made."""
         if not hasattr(self._engine, "get_weight_version"):
             return self._version
-        return _number(self._wait(self._engine.get_weight_version(), deadline_s))
+        return version_number(self._wait(self._engine.get_weight_version(), deadline_s))
 
-    def _wait(self, call: Coroutine[Any, Any, Any], deadline_s: float) -> Any:  # noqa: ANN401
-        future = asyncio.run_coroutine_threadsafe(call, self._loop)
-        try:
-            return future.result(deadline_s)
-        except FutureTimeoutError as error:
-            future.cancel()
-            message = f"{self.address} did not answer within {deadline_s:g} s; is its event loop running?"
-            raise TransferTimeoutError(message, name=self.address, retryable=True) from error
-        except Exception as error:
-            raise _refused(self.address, error) from error
-
-
-def _refused(address: str, error: Exception) -> HeadraceError:
-    if isinstance(error, HeadraceError):
-        return error
-    return RemoteProtocolError(f"{address}: {type(error).__name__}: {error}", name=address)
-
-
-def _number(version: object) -> int | None:
-    return int(version) if isinstance(version, str) and version.isdecimal() else None
+    def _wait(self, call: Coroutine[Any, Any, T], deadline_s: float) -> T:
+        return await_within(self.address, deadline_s, call, self._loop)
