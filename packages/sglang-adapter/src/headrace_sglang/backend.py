@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from headrace.adapter.backend import ModelBackend, device_uuid, models_layout
+from headrace.adapter.modules import without_wrappers
 from headrace.adapter.part import Part
 from headrace.adapter.watch import twin_of
 from headrace.errors import ApplyError, BackendUnavailableError
@@ -56,6 +57,14 @@ class SglangBackend(ModelBackend):
         load_format = self._runner.load_config.load_format
         made_up = getattr(load_format, "value", load_format) == "dummy"
         return None if made_up else str(self._runner.model_config.model_path)
+
+    def bare(self) -> AbstractContextManager[None]:
+        """Return a context without LoRA's wrappers, which hold on to parameters that are exchanged."""
+        if not self._scheduler.server_args.enable_lora:
+            return nullcontext()
+        from sglang.srt.lora.layers import BaseLayerWithLoRA  # noqa: PLC0415
+
+        return without_wrappers(self._part.model, BaseLayerWithLoRA)
 
     def restore(self, module: nn.Module) -> None:
         """Give a rewritten module new parameters as they were constructed, and tell SGLang's method so."""

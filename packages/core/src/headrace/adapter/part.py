@@ -116,7 +116,7 @@ class Part:
 
     def twin_of(self, module: nn.Module) -> nn.Module | None:
         """Return a module as it was constructed, or None where it is not this model's."""
-        path = next((path for path, own in self.model.named_modules() if own is module), None)
+        path = next((path for path, own in self._paths() if own is module), None)
         twin: nn.Module | None = None if path is None else self.twin.get_submodule(path)
         return twin
 
@@ -125,7 +125,7 @@ class Part:
         twins = dict(self.twin.named_modules())
         return [
             module
-            for path, module in self.model.named_modules()
+            for path, module in self._paths()
             if getattr(module, "quant_method", None) is not None and was_rewritten(module, twins.get(path))
         ]
 
@@ -136,9 +136,12 @@ class Part:
 
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Return all modules by the names that their tensors begin with."""
+        return [(self.prefix + path, module) for path, module in self._paths()]
+
+    def _paths(self) -> list[tuple[str, nn.Module]]:
+        """Return all modules by their paths in the twin, which has none of LoRA's wrappers."""
         return [
-            (self.prefix + bare_name(f"{path}.").rstrip("."), module)
-            for path, module in self.model.named_modules()
+            (bare_name(f"{path}.").rstrip("."), module) for path, module in self.model.named_modules()
         ]
 
     def _own(
