@@ -276,6 +276,27 @@ def test_a_compiled_model(engine: EngineProcess, folder: Path) -> None:
     run_ranks(compiled, 1, 100, engine.url, folder)
 
 
+def scaled(rank: int, _world_size: int, url: str, folder: Path) -> None:
+    """A gradient scaler skips a step whose gradients are infinite: nothing is published, and the next step is."""
+    trainer = LAYOUTS["plain"](folder)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    choices: dict[str, Any] = {"mode": "wait", "on_error": "raise"}
+    with plain.attach(trainer.model, trainer.optimizer, to=f"torch={url}", **choices) as hook:
+        for factor, steps in ((float("inf"), 0), (1.0, 1)):
+            trainer.optimizer.zero_grad()
+            tokens = batch(1, rank)
+            scaler.scale(trainer.model(input_ids=tokens, labels=tokens).loss * factor).backward()
+            scaler.step(trainer.optimizer)
+            scaler.update()
+            assert hook.step == steps
+        assert compare(url, whole(trainer), FLOAT, FLOAT) == []
+
+
+@pytest.mark.timeout(150)
+def test_a_step_that_a_scaler_skips(engine: EngineProcess, folder: Path) -> None:
+    run_ranks(scaled, 1, 100, engine.url, folder)
+
+
 def tied(rank: int, world_size: int, port: int, url: str, folder: Path) -> None:
     join(rank, world_size, port)
     for name in ("fsdp2", "fsdp1-full-orig"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -91,8 +92,8 @@ class World:
         self.ranks = [Rank(0), Rank(1)]
         self.server = ParameterServer(source=self.ranks[0].source, launch=ThreadCrew(self.ranks[1].source))
 
-    def update(self) -> int:
-        report = self.server.update(self.engine.control, UpdateSettings(verify="full"))
+    def update(self, **choices: Any) -> int:
+        report = self.server.update(self.engine.control, UpdateSettings(verify="full", **choices))
         assert report.step is not None
         assert self.engine.call_all(live_values) == [[float(report.step)]] * 2
         return report.step
@@ -110,6 +111,14 @@ def world(engine: BareEngine) -> Iterator[World]:
 def test_ranks_at_the_same_step_give_it(world: World) -> None:
     for expected in (0, 1, 2):
         assert world.update() == expected
+        for rank in world.ranks:
+            rank.step()
+
+
+@pytest.mark.parametrize("choices", [{"transport": "tcp"}, {"route": "broadcast"}], ids=str)
+def test_ranks_on_other_hosts_are_read_over_the_network(world: World, choices: dict[str, Any]) -> None:
+    for expected in (0, 1, 2):
+        assert world.update(**choices) == expected
         for rank in world.ranks:
             rank.step()
 

@@ -15,6 +15,7 @@ import torch
 
 from headrace.config import Deadlines
 from headrace.errors import HeadraceError, LocalProtocolError, TransferTimeoutError
+from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SourceRegion, SteppedSource
 from headrace.segments import HostSegment, Lender
@@ -56,6 +57,7 @@ class LiveStore:
         self._lender = lender
         self._segment_bytes = segment_bytes
         self._layout: Layout | None = None
+        self._regions = RegionTable.empty()
         self._segments: tuple[HostSegment, ...] = ()
         self._pinned: list[PinnedRange] = []
         self._published: PublishedVersion | None = None
@@ -83,7 +85,7 @@ class LiveStore:
             raise LocalProtocolError(message, name=self._name, weight_version=version)
         layout = self._place()
         descriptors = tuple(segment.descriptor for segment in self._segments)
-        manifest = Manifest(HolderAddress(self._name), version, layout.params, descriptors, layout.region_table())
+        manifest = Manifest(HolderAddress(self._name), version, layout.params, descriptors, self._regions)
         self._published = PublishedVersion(version, manifest, layout.num_bytes, 0.0)
         return self._published
 
@@ -100,7 +102,7 @@ class LiveStore:
         for segment in self._segments:
             if self._lender is not None:
                 self._lender.lend(segment)
-        self._layout = layout
+        self._layout, self._regions = layout, layout.region_table()
         return layout
 
     def _pin(self) -> None:
