@@ -30,10 +30,14 @@ class Command:
     """One `headrace` command as a process. Use as a context: it is ended afterwards."""
 
     def __init__(
-        self, *arguments: str | Path, prefix: Sequence[str] = (), environment: dict[str, str] | None = None
+        self,
+        *arguments: str | Path,
+        program: Sequence[str] = (sys.executable, "-m", "headrace"),
+        prefix: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "headrace", *map(str, arguments)],
+            [*prefix, *program, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -44,6 +48,14 @@ class Command:
         """Wait for its end; return its code and what it printed."""
         out, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, err
+
+    def read_until(self, word: str) -> str:
+        """Return what follows `word` in the next line that begins with it."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(f"{word} "):
+                return line.split()[1]
+        raise ConnectError(f"it ended without saying {word}: {self.end(1.0)[2]}")
 
     def close(self) -> None:
         """Ask it to end, then make it; idempotent."""

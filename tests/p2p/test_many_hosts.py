@@ -106,7 +106,7 @@ def test_four_holders_give_more_than_three_times_what_one_gives(
     assert one["seconds"]["read"] / four["seconds"]["read"] >= 3.2, (one, four)
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped", "cut"])
+@pytest.mark.parametrize("how", ["killed", "stopped", pytest.param("cut", marks=pytest.mark.slow)])
 def test_the_others_give_what_a_lost_holder_owed(
     weights: Path, socket_dir: Path, tmp_path: Path, how: str
 ) -> None:
