@@ -174,6 +174,17 @@ def _existing(folders: Sequence[str]) -> list[str]:
 
 
 @nox.session
+def p2p(session: nox.Session) -> None:
+    """Peer to peer over a real Mooncake, on TCP; `-- -m "slow or not slow"` runs all of it."""
+    _install(session, "mooncake-transfer-engine-non-cuda==0.3.13.post1", core_extras="engine,test")
+    tell = "import sys; from headrace.transports.mooncake_engine import missing; sys.exit(missing())"
+    session.run("python", "-c", tell)
+    folders = ("tests/p2p", "packages/core/tests/p2p", "packages/core/tests/transports/test_mooncake.py")
+    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else folders
+    session.run("python", "-m", "pytest", *paths, *session.posargs, env=QUIET)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, types and layers."""
     _install(session, "ruff==0.17.6", "mypy==2.4.1", "import-linter==2.16", "nox", core_extras="engine,test")

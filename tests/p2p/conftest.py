@@ -31,3 +31,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("models")
     size = TinySize(num_layers=6, hidden=512, intermediate=1024, num_heads=8, num_kv_heads=4, head_dim=32)
     return [make_tiny_qwen3(root / f"seed-{seed}", seed, size=size) for seed in (1, 2)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long ones out where no marker was asked for."""
+    if "slow" in config.option.markexpr:
+        return
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: `-m 'slow or not slow'` runs it"))

@@ -18,10 +18,10 @@ import pytest
 from p2p_hosts import Host
 
 from headrace import wire
-from headrace.errors import BackendUnavailableError, ConnectError
+from headrace.errors import ConnectError
 from headrace.server.invitation import Invitation
 from headrace.server.membership import Membership
-from headrace.transports.mooncake_engine import require_mooncake
+from headrace.transports.mooncake_engine import missing
 
 START_S = 60.0
 
@@ -142,10 +142,8 @@ class HoldProcess(Command):
 
 def need_mooncake() -> None:
     """Skip the test where Mooncake cannot be loaded."""
-    try:
-        require_mooncake()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
+    if reason := missing():
+        pytest.skip(reason)
 
 
 def join_arguments(target: str, metas: Path, *options: str) -> list[str]:

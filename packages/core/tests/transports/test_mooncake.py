@@ -31,7 +31,7 @@ from headrace.transports.mooncake_engine import (
     check,
     decode_directory,
     encode_directory,
-    require_mooncake,
+    missing,
 )
 from headrace.transports.mooncake_gate import Gate, GateEngine, Shown
 from headrace.transports.mooncake_reads import staged_reads
@@ -41,15 +41,7 @@ pytestmark = pytest.mark.timeout(120)
 WHOLE = table_of([CopyRow(shape=(1 << 19,), src_strides=(2,), dst_strides=(2,))])
 
 
-def missing() -> str:
-    try:
-        require_mooncake()
-    except BackendUnavailableError as error:
-        return str(error)
-    return ""
-
-
-needs_mooncake = pytest.mark.skipif(bool(missing()), reason=missing())
+needs_mooncake = pytest.mark.skipif(bool(missing()), reason=missing() or "Mooncake is there")
 
 
 def shown(segments: Sequence[HostSegment]) -> list[Shown]:

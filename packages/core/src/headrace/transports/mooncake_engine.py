@@ -59,6 +59,15 @@ def require_mooncake() -> None:
         raise BackendUnavailableError(message, name="mooncake") from error
 
 
+def missing() -> str:
+    """Return why Mooncake cannot be loaded here, and the way out; empty where it can."""
+    try:
+        require_mooncake()
+    except BackendUnavailableError as error:
+        return str(error)
+    return ""
+
+
 def quiet_environment() -> dict[str, str]:
     """Return variables for a helper process: errors only in its log, transfers that end."""
     return {"MC_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "3", "MC_TRANSFER_TIMEOUT": str(TRANSFER_TIMEOUT_S)}

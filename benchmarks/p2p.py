@@ -1,0 +1,161 @@
+"""Reading a version from a keeper of this machine: Mooncake and TCP beside Mooncake's own large reads, and the disk.
+
+`python -m benchmarks.p2p [GB]`; needs Mooncake (`nox -s p2p` installs it).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from benchmarks._common import Section, Spread, gb_per_s
+from headrace import wire
+from headrace.config import HostSettings
+from headrace.segments import HostSegment
+from headrace.server.holders import SourceSpec
+from headrace.server.joining import Ways
+from headrace.server.keeping import keep
+from headrace.server.membership import Membership
+from headrace.server.reading import PeerSource
+from headrace.store.checkpoint import CheckpointSource
+from headrace.store.store import Store
+from headrace.transports import mooncake_reader
+from headrace.transports.mooncake_process import HelperProcess
+
+BLOCK_BYTES = 64 << 20
+REPEATS = 5
+
+
+def make_checkpoint(folder: Path, num_bytes: int) -> Path:
+    """Write matrices of 16 MB, as a 0.6B model in bf16 has them on average."""
+    random = torch.Generator().manual_seed(3)
+    shape = (2048, 4096)
+    count = max(1, num_bytes // (2 * shape[0] * shape[1]))
+    block = torch.randn(shape, generator=random).to(torch.bfloat16)
+    save_file(
+        {f"layer.{i}.weight": (block + i).contiguous() for i in range(count)}, folder / "model.safetensors"
+    )
+    return folder
+
+
+def ceiling(offer: wire.Offer, host: HostSettings) -> float:
+    """Return GB/s of Mooncake alone: one block after another into the same memory, nothing copied, nothing checked."""
+    manifest = offer.manifests[0]
+    memory = HostSegment(BLOCK_BYTES, "headrace-benchmark", peers_write=True)
+    settings = {"host": host.advertise_host, "nics": [], "fd": memory.fd, "num_bytes": BLOCK_BYTES}
+    helper = HelperProcess(mooncake_reader.__name__, settings, pass_fds=[memory.fd])
+    try:
+        session = manifest.holder.mooncake
+        places = helper.call({"session": session}, 30)["segments"]
+        requests = []
+        for segment in manifest.segments:
+            address = int(places[segment.segment_id][0])
+            for begin in range(0, segment.num_bytes - BLOCK_BYTES + 1, BLOCK_BYTES):
+                ranges = np.array([[0, address + begin, BLOCK_BYTES]], np.int64).tobytes()
+                requests.append({"session": session, "ranges": ranges})
+        helper.call(requests[0], 60)
+        begin_s = time.monotonic()
+        for request in requests:
+            helper.call(request, 60)
+        return len(requests) * BLOCK_BYTES / (time.monotonic() - begin_s) / 1e9
+    finally:
+        helper.close()
+        memory.close()
+
+
+def read(offer: wire.Offer, transport: str, host: HostSettings) -> dict[str, float]:
+    """Return the seconds of one join's transfer, by phase, and as a whole."""
+    ways = Ways(transport, host)
+    source = PeerSource(offer, ways)
+    try:
+        begin_s = time.monotonic()
+        with Store(source, "benchmark") as store:
+            store.publish(1)
+            total_s = time.monotonic() - begin_s
+        return {**source.seconds, "whole": total_s}
+    finally:
+        ways.close()
+
+
+def from_disk(checkpoint: Path) -> float:
+    """Return the seconds of reading the same checkpoint, from the page cache."""
+    source = CheckpointSource(checkpoint)
+    with Store(source, "benchmark") as store:
+        begin_s = time.monotonic()
+        store.publish(1)
+        took_s = time.monotonic() - begin_s
+    source.close()
+    return took_s
+
+
+def sections(num_bytes: int) -> list[Section]:
+    """Measure everything."""
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        checkpoint = make_checkpoint(folder, num_bytes)
+        host = HostSettings(socket_dir=folder / "s", permitted_uids=frozenset(), mooncake=True)
+        (folder / "s").mkdir(mode=0o700)
+        source = CheckpointSource(checkpoint)
+        keeper = stack.enter_context(keep(SourceSpec(source=source), host))
+        member = stack.enter_context(Membership(keeper.exchange.invitation, "benchmark"))
+        offer = member.ask(lease=True)
+        total = int(source.metadata().num_bytes.sum())
+        rows: list[tuple[str, ...]] = []
+        tops, took = [], {kind: [] for kind in ("mooncake", "tcp", "memory", "disk")}  # type: ignore[var-annotated]
+        for _ in range(REPEATS):
+            tops.append(ceiling(offer, host))
+            for kind in ("mooncake", "tcp", "memory"):
+                took[kind].append(read(offer, kind, host))
+            took["disk"].append(from_disk(checkpoint))
+        source.close()
+    top = Spread.of(tops)
+    rows.append(
+        (
+            "Mooncake alone, 64 MiB reads",
+            f"{top.median:.2f} ({top.least:.2f}-{top.greatest:.2f})",
+            "100 %",
+            "",
+            "",
+        )
+    )
+    for kind in ("mooncake", "tcp", "memory"):
+        shares = [total / one["read"] / 1e9 / best for one, best in zip(took[kind], tops, strict=True)]
+        whole = [total / one["whole"] / 1e9 / best for one, best in zip(took[kind], tops, strict=True)]
+        seconds = Spread.of([one["whole"] for one in took[kind]])
+        rows.append((
+            f"joining over {kind}",
+            gb_per_s(total, Spread.of([one["read"] for one in took[kind]]).median),
+            f"{Spread.of(shares).median:.0%}",
+            f"{Spread.of(whole).median:.0%}",
+            f"{seconds.median:.2f} ({seconds.least:.2f}-{seconds.greatest:.2f})",
+        ))  # fmt: skip
+    disk = Spread.of(took["disk"])
+    rows.append(
+        (
+            "from the page cache",
+            gb_per_s(total, disk.median),
+            "",
+            "",
+            f"{disk.median:.2f} ({disk.least:.2f}-{disk.greatest:.2f})",
+        )
+    )
+    title = f"A version of {total / 1e9:.2f} GB into this host's memory, from a keeper on loopback"
+    columns = ("way", "GB/s while reading", "of Mooncake alone", "whole, of Mooncake alone", "whole, s")
+    notes = (
+        "whole: holders reached, memory made, bytes read and every parameter's sum checked; each pair in one round",
+    )
+    return [Section("p2p", title, columns, tuple(rows), notes)]
+
+
+if __name__ == "__main__":
+    size = float(sys.argv[1]) if len(sys.argv) > 1 else 1.2
+    for section in sections(int(size * 1e9)):
+        section.show(Console())
