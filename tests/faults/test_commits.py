@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from faults_world import MakeWorld, World, expected_sums, live_sums, make_tensors
 
-from headrace.errors import UpdateFailedError
-from headrace.testing.bare_engine import served_version, weights_state
+from headrace.errors import ConnectError, UpdateFailedError
+from headrace.testing.bare_engine import BareControl, served_version, weights_state
 from headrace.testing.faults import Fault
 
 ROUTES = [{"route": "direct"}, {"route": "direct", "transport": "tcp"}, {"route": "broadcast"}]
@@ -170,3 +170,21 @@ def test_of_two_engines_none_is_paused_where_one_refuses_the_source(make_world: 
     good.check()
     assert (good.engine.pauses, bad.engine.pauses) == (0, 0)
     good.server(tensors=make_tensors(2)).update([good.control, bad.control])
+
+
+class DeafFront(BareControl):
+    """Its engine's front dies when it is told the version."""
+
+    def confirm(self, version: int, deadline_s: float) -> None:
+        message = f"{self.address} is gone"
+        raise ConnectError(message, name=self.address)
+
+
+def test_a_front_that_dies_after_the_commit_leaves_the_new_weights(world: World) -> None:
+    """All ranks hold and report them: the error says so, and the engine runs."""
+    server = world.trainer(2)
+    with pytest.raises(ConnectError, match="is gone") as caught:
+        server.update(DeafFront(world.engine))
+    assert caught.value.weights_state == "new"
+    world.seed, world.version = 2, caught.value.weight_version
+    world.check()

@@ -84,7 +84,7 @@ def test_a_killed_worker_ends_the_update(where: str, state: str, tmp_path: Path)
     with ParameterServer(made["b"]) as source:
         with VllmServer(made["a"], *two, log=tmp_path / "1.log") as server:
             error = update_with_a_death(server, source, where)
-            assert error.engines == {server.url: state}
+            assert (error.weights_state, error.engines) == (state, {server.url: state})
             server.kill()
         with VllmServer(made["a"], *two, log=tmp_path / "2.log", port=server.port) as again:
             report = source.update(again.target)

@@ -357,8 +357,11 @@ class Update:
             self._broadcast.cancel()
         limit = self._settings.deadlines.pause_s
         error.engines = {i.control.address: take_back(i, error, limit) for i in self.instances}
-        if "mixed" in error.engines.values():
+        states = set(error.engines.values())
+        if "mixed" in states:
             error.weights_state = "mixed"
+        elif states == {"new"}:
+            error.weights_state = "new"
         self._kept.holders.release(self.version)
         self._kept.holders.settle(SETTLE_S)
         for instance in self.instances:
