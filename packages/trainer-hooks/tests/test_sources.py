@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from torch import nn
 from headrace.errors import ConfigError, HeadraceError
 from headrace.geometry import Box
 from headrace.protocols import SteppedSource, WeightSource
-from headrace.testing.source_suite import SourceTests
+from headrace.testing.source_suite import SourceTests, SteppedSourceTests
 from headrace_trainers.fence import StepFence
 from headrace_trainers.shards import clean_name, shards_of
 from headrace_trainers.shards.tensors import flat_pieces, meta_of
@@ -26,8 +26,14 @@ def tensors_of(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-class TestFlatRanges(SourceTests):
+class TestFlatRanges(SteppedSourceTests):
     """Three ranks with a third of every parameter's flat order each, as ZeRO-3 and FSDP1 have; in bfloat16."""
+
+    def advance(self, source: WeightSource, change: Callable[[], None]) -> None:
+        assert isinstance(source, ShardSource)
+        source._fence.begin_write(30)
+        change()
+        source._fence.end_write()
 
     def make_sources(self, folder: Path) -> tuple[Sequence[WeightSource], Mapping[str, torch.Tensor]]:
         tensors = tensors_of(3)

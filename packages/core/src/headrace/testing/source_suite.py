@@ -1,8 +1,8 @@
-"""The conformance suite of weight sources: subclass `SourceTests`, say how to make yours, run pytest."""
+"""The conformance suites of weight sources: subclass `SourceTests`, or `SteppedSourceTests` for a trainer's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.errors import HeadraceError, LocalProtocolError
+from headrace.errors import HeadraceError, LocalProtocolError, StepMissedError, TransferTimeoutError
 from headrace.geometry import Box
-from headrace.protocols import SourceRegion, WeightSource
+from headrace.protocols import SourceRegion, SteppedSource, WeightSource
 from headrace.types import ParamTable
 
 
@@ -122,6 +122,70 @@ class SourceTests:
         source.close()
         with pytest.raises(HeadraceError):
             source.read(region, memoryview(bytearray(size)))
+
+
+class SteppedSourceTests(SourceTests):
+    """What every SteppedSource must do besides. Override `make_sources` and `advance`."""
+
+    def advance(self, source: WeightSource, change: Callable[[], None]) -> None:  # noqa: ARG002
+        """Take one step of the source's trainer, in which `change` is called while weights may change; override it."""
+        message = f"{type(self).__name__} must override advance"
+        raise LocalProtocolError(message)
+
+    @pytest.fixture
+    def stepped(self, sources: Sequence[WeightSource]) -> SteppedSource:
+        """The first rank's source."""
+        assert isinstance(sources[0], SteppedSource)
+        return sources[0]
+
+    def test_aliases_are_earlier_regions_of_equal_boxes(self, sources: Sequence[WeightSource]) -> None:
+        """And no alias is of an alias."""
+        for source in sources:
+            assert isinstance(source, SteppedSource)
+            regions, aliases = source.regions(), source.aliases()
+            for index, first in aliases.items():
+                assert first < index
+                assert first not in aliases
+                assert regions[first].box == regions[index].box
+
+    def test_what_is_offered_can_be_had_at_once(self, stepped: SteppedSource) -> None:
+        """Again after every step."""
+        for _ in range(3):
+            with stepped.at(stepped.offer(0), 0.0):
+                pass
+            self.advance(stepped, lambda: None)
+
+    def test_later_offers_are_later(self, stepped: SteppedSource) -> None:
+        """So that ranks which are apart meet."""
+        offers = [stepped.offer(attempt) for attempt in range(6)]
+        assert offers == sorted(offers)
+        assert offers[-1] > offers[0] + 5
+
+    def test_a_past_step_is_missed(self, stepped: SteppedSource) -> None:
+        """At once, whatever the deadline."""
+        step = stepped.offer(0)
+        self.advance(stepped, lambda: None)
+        with pytest.raises(StepMissedError), stepped.at(step, 60.0):
+            pass
+
+    def test_a_step_that_does_not_come_has_a_deadline(self, stepped: SteppedSource) -> None:
+        """It is no miss: the step may still come."""
+        with pytest.raises(TransferTimeoutError), stepped.at(stepped.offer(0) + 1, 0.01):
+            pass
+
+    def test_a_reader_and_a_step_exclude_each_other(self, stepped: SteppedSource) -> None:
+        """The trainer's next step begins when the reader has closed its context."""
+        step, open_readers = stepped.offer(0), [0]
+        found: list[int] = []
+        with ThreadPoolExecutor(1) as pool:
+            with stepped.at(step, 0.0):
+                open_readers[0] = 1
+                future = pool.submit(self.advance, stepped, lambda: found.append(open_readers[0]))
+                with pytest.raises(TimeoutError):
+                    future.result(0.1)
+                open_readers[0] = 0
+            future.result(30)
+        assert found == [0]
 
 
 def _shape(metas: ParamTable, region: SourceRegion) -> tuple[int, ...]:
