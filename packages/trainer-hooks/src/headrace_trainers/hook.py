@@ -43,7 +43,7 @@ class Hook:
         self.last_report: StepReport | None = None
         self._fence = StepFence(step)
         shards = shards_of(model, settings.rename)
-        self._source = ShardSource(shards, self._fence, dtype=settings.dtype, every=settings.every)
+        self._source = ShardSource(shards, self._fence, dtype=settings.dtype)
         self._source.mark_written()
         self._crew = Crew()
         self._publisher = Publisher(self._source, self._crew, settings) if self._crew.rank == 0 else None

@@ -59,7 +59,7 @@ class HookSettings:
 
     Attributes:
         to: Engines, as `ParameterServer.update` takes them.
-        every: Steps from one publication to the next.
+        every: Steps from one publication to the next. In `background` it is of the newest step when it begins.
         mode: `background`: training goes on, and a step that is past when the last update ends is skipped.
             `wait`: a step returns when the engines serve it.
         on_error: `warn` logs, trains on and catches up at the next publication; `raise` ends training.

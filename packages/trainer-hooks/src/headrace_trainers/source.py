@@ -53,7 +53,6 @@ class ShardSource:
         shards: What this rank holds; the tensors stay the trainer's.
         fence: This rank's steps.
         dtype: Floating dtype to publish floating parameters in; None keeps each one's own.
-        every: Steps to offer: multiples of it, until training ends.
 
     Attributes:
         reads_parts: Regions may be read in boxes.
@@ -65,7 +64,7 @@ class ShardSource:
 
     reads_parts = True
 
-    def __init__(self, shards: Shards, fence: StepFence, *, dtype: str | None = None, every: int = 1) -> None:
+    def __init__(self, shards: Shards, fence: StepFence, *, dtype: str | None = None) -> None:
         if dtype is not None and DTYPES[dtype_code(dtype)].kind != "float":
             raise ConfigError(f"cannot publish in {dtype}; choose a floating dtype such as bfloat16", name=dtype)
         self._params = ParamTable(_published(meta, dtype) for meta in shards.params)
@@ -73,7 +72,6 @@ class ShardSource:
         self._pieces: Mapping[str, list[Piece]] = _by_name(shards.pieces)
         self._aliases = _aliases(shards.pieces, self._params)
         self._fence = fence
-        self._every = every
         self._devices = sorted({str(d) for piece in shards.pieces if (d := piece.local().device).type == "cuda"})
         self._written: dict[torch.device, torch.cuda.Event] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -97,11 +95,10 @@ class ShardSource:
         return self._aliases
 
     def offer(self, attempt: int) -> int:
-        """Return the next step that can be had, a multiple of `every`; with room of 1, 2, 4... steps after failures."""
-        step = self._fence.next_readable + (1 << (attempt - 1) if attempt else 0)
+        """Return the next step that can be had, or one that is 1, 2, 4... steps later after failures."""
         if self._fence.ended:
             return self._fence.step
-        return -(-step // self._every) * self._every
+        return self._fence.next_readable + (1 << (attempt - 1) if attempt else 0)
 
     def at(self, step: int, deadline_s: float) -> AbstractContextManager[None]:
         """Return a context in which the weights are those of `step`, and training waits before it changes them.
