@@ -106,3 +106,22 @@ class TestDataParallel(SglangSuite, SglangControlSuite):
     num_workers = 2
     options = ("--dp-size", "2")
     choices: ClassVar[dict[str, Any]] = {"workers": 2}
+
+    @pytest.fixture
+    def one_replica(self, server: SglangServer) -> Iterator[None]:
+        """Have one engine answer: each has a prefix cache of its own."""
+        server.replica = 1
+        yield
+        server.replica = None
+
+    @pytest.mark.usefixtures("one_replica")
+    def test_kept_caches_answer_until_they_are_dropped(
+        self, server: SglangServer, checkpoints: dict[str, Path], oracle: Oracle
+    ) -> None:
+        super().test_kept_caches_answer_until_they_are_dropped(server, checkpoints, oracle)
+
+    @pytest.mark.usefixtures("one_replica")
+    def test_no_old_cache_answers(
+        self, server: SglangServer, checkpoints: dict[str, Path], oracle: Oracle
+    ) -> None:
+        super().test_no_old_cache_answers(server, checkpoints, oracle)

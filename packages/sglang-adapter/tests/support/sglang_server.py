@@ -66,7 +66,12 @@ class SglangServer:
         port: Port to listen on; None takes a free one.
         variables: Further variables of its environment.
         key: API key that it asks for.
+
+    Attributes:
+        replica: Which data-parallel engine answers; None leaves it to SGLang.
     """
+
+    replica: int | None = None
 
     def __init__(
         self,
@@ -100,7 +105,8 @@ class SglangServer:
     def generate(self, prompt: list[int], max_tokens: int, **sampling: Any) -> dict[str, Any]:
         """Return one greedy answer: `tokens`, `logprobs`, and the version of every token."""
         chosen = {"temperature": 0.0, "max_new_tokens": max_tokens, "ignore_eos": True} | sampling
-        body = {"input_ids": prompt, "sampling_params": chosen, "return_logprob": True}
+        body: dict[str, Any] = {"input_ids": prompt, "sampling_params": chosen, "return_logprob": True}
+        body |= {} if self.replica is None else {"routed_dp_rank": self.replica}
         answer = self.client.post("/generate", json=body)
         answer.raise_for_status()
         return answer_of(answer.json())
