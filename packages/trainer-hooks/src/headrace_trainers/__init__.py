@@ -5,6 +5,6 @@ its framework's own way; none is imported unless it is asked for.
 """
 
 from headrace_trainers.hook import Hook
-from headrace_trainers.settings import HookSettings, StepReport
+from headrace_trainers.settings import HOOK_UPDATE, HookSettings, StepReport
 
-__all__ = ["Hook", "HookSettings", "StepReport"]
+__all__ = ["HOOK_UPDATE", "Hook", "HookSettings", "StepReport"]

@@ -66,7 +66,7 @@ class HookSettings:
         dtype: Floating dtype to publish in, such as `bfloat16`; None keeps each parameter's own.
         rename: From a parameter's cleaned name to its checkpoint name; None leaves it out.
         report: Called in the training thread of rank 0 after every publication.
-        update: Settings of each update.
+        update: Settings of each update; vary the default, `HOOK_UPDATE`, as it waits only briefly for an engine.
         hold_s: Longest that an optimizer step waits for the weights of the last one to be copied.
         deadline_s: Longest that a step waits in `wait`, or `flush` for its update.
     """
