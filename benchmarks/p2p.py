@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -101,7 +102,7 @@ def sections(num_bytes: int) -> list[Section]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         checkpoint = make_checkpoint(folder, num_bytes)
-        host = HostSettings(socket_dir=folder / "s", permitted_uids=frozenset(), mooncake=True)
+        host = HostSettings(socket_dir=folder / "s", permitted_uids=frozenset({os.getuid()}), mooncake=True)
         (folder / "s").mkdir(mode=0o700)
         source = CheckpointSource(checkpoint)
         keeper = stack.enter_context(keep(SourceSpec(source=source), host))
