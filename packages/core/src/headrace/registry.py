@@ -65,9 +65,12 @@ def load(group: Group, name: str) -> Any:  # noqa: ANN401 - what an entry point 
     matches = _installed(group).get(name, [])
     if len(matches) == 1:
         try:
-            return matches[0].load()
+            found = matches[0].load()
         except _IMPORT_FAILURES as error:
             raise _unavailable(group, name, f"its import failed with {_reason(error)}") from error
+        if lacking := _lacking(found):
+            raise _unavailable(group, name, lacking)
+        return found
     if matches:
         owners = ", ".join(sorted(f"{_owner(match)} ({match.value})" for match in matches))
         raise _unavailable(group, name, f"several distributions offer it: {owners}; uninstall all but one")
@@ -149,10 +152,15 @@ def _state(group: Group, name: str, points: list[EntryPoint]) -> str:
     if len(points) > 1:
         return f"several distributions offer it: {', '.join(sorted(map(_owner, points)))}"
     try:
-        points[0].load()
+        return _lacking(points[0].load()) or "ok"
     except _IMPORT_FAILURES as error:
         return f"import failed: {_reason(error)}"
-    return "ok"
+
+
+def _lacking(found: object) -> str:
+    """Return what a provider says it lacks here: its optional `missing()`; empty where it can be used."""
+    ask = getattr(found, "missing", None)
+    return str(ask()) if callable(ask) else ""
 
 
 def _absence(group: Group, name: str) -> str:

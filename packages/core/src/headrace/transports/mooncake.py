@@ -27,7 +27,7 @@ from headrace.segments import HostSegment
 from headrace.transports import mooncake_reader
 from headrace.transports.binding import bind_copies
 from headrace.transports.jobs import ReadBoard
-from headrace.transports.mooncake_engine import require_mooncake
+from headrace.transports.mooncake_engine import missing
 from headrace.transports.mooncake_process import Answer, HelperProcess
 from headrace.transports.mooncake_reads import StagedReads, staged_reads
 from headrace.transports.program import addressable_bytes
@@ -39,8 +39,6 @@ NUM_SLOTS = 6
 LEAST_SLOTS = 3
 _COPY_S = 60.0
 _SLOT_S = 60.0
-
-require_mooncake()
 
 
 class MooncakeTransport:
@@ -61,6 +59,11 @@ class MooncakeTransport:
         self._places: dict[str, tuple[str, int]] = {}
         self._board = ReadBoard("mooncake", NUM_SLOTS)
         self._staging: _Staging | None = None
+
+    @staticmethod
+    def missing() -> str:
+        """Return why Mooncake cannot be used here, and the way out; empty where it can."""
+        return missing()
 
     @property
     def name(self) -> str:
