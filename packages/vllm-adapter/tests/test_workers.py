@@ -21,6 +21,8 @@ from headrace_vllm import VllmControl
 
 pytestmark = pytest.mark.timeout(400)
 LIMITS = Deadlines(ready_s=10, enrol_s=30, pause_s=20, commit_s=30)
+NOTICED_S = 15.0
+"""What vLLM may take to see that a worker is gone; until then it would answer as if nothing had happened."""
 LONGEST_S = 120.0
 """More than all waits of one update that fails; far less than vLLM's own of many minutes."""
 
@@ -44,6 +46,9 @@ class Deadly(VllmControl):
     def _die(self, where: str) -> None:
         if where == self._after:
             self._kill()
+            limit = time.monotonic() + NOTICED_S
+            while not self._health(1.0)[1] and time.monotonic() < limit:
+                time.sleep(0.1)
 
 
 def kill_worker(server: VllmServer) -> None:
