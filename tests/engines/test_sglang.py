@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +62,39 @@ class SglangSuite(EngineSuite):
     choices: ClassVar[dict[str, Any]] = {}
 
 
+    @pytest.mark.parametrize(("place", "holds"), [("paused", "a"), ("committed", "b")])
+    def test_an_updater_that_is_killed_leaves_whole_weights(
+        self, server: SglangServer, checkpoints: dict[str, Path], oracle: Oracle, place: str, holds: str
+    ) -> None:
+        """The guardian resumes: old weights where the commit had not begun, new ones where all ranks had them."""
+        version = self.update(server, checkpoints["a"]).version
+        with killed_updater(checkpoints["b"], server.target, place):
+            assert not server.client.get("/ready").is_success
+        wait_until(lambda: server.client.get("/ready").is_success)
+        self.check(server, oracle, holds)
+        assert server.version() == str(version + (holds == "b"))
+
+
+@contextmanager
+def killed_updater(checkpoint: Path, target: str, place: str) -> Iterator[None]:
+    """Run an updater up to a place, and kill it after the body."""
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "faults_updater.py"), str(checkpoint), target, place]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "here\n"
+            yield
+        finally:
+            process.kill()
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float = 40.0) -> None:
+    limit = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
 class SglangControlSuite(EngineControlTests):
     """The control's contract, on the same server."""
 
@@ -97,6 +133,21 @@ class TestTensorParallel(SglangSuite, SglangControlSuite):
     num_workers = 2
     options = ("--tp-size", "2")
     choices: ClassVar[dict[str, Any]] = {"workers": 2}
+
+    def test_an_updater_that_is_killed_between_two_ranks_leaves_the_engine_paused(
+        self, server: SglangServer, checkpoints: dict[str, Path], oracle: Oracle
+    ) -> None:
+        """Nobody is answered by a mixture; the next good update heals it."""
+        self.update(server, checkpoints["a"])
+        with killed_updater(checkpoints["b"], server.target, "half"):
+            assert not server.client.get("/ready").is_success
+        command = [sys.executable, "-m", "headrace", "resume", "--to", server.target, "--deadline-s", "20"]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+        assert refused.returncode != 0
+        assert "different weights" in refused.stdout + refused.stderr
+        assert not server.client.get("/ready").is_success
+        self.update(server, checkpoints["b"])
+        self.check(server, oracle, "b")
 
 
 @pytest.mark.slow

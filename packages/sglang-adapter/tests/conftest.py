@@ -46,13 +46,12 @@ def run_offline(tmp_path: Path) -> RunOffline:
         num_tokens: int = 12,
         verify: str = "digest",
         cache: str = "recompute",
-        lora: str = "",
         variables: dict[str, str] | None = None,
         **engine: object,
     ) -> list[dict[str, Any]]:
         spec, out = tmp_path / "spec.json", tmp_path / "out.json"
         told = {"checkpoints": [str(c) for c in checkpoints], "prompt": PROMPT, "num_tokens": num_tokens}
-        spec.write_text(json.dumps(told | {"verify": verify, "cache": cache, "lora": lora, "engine": engine}))
+        spec.write_text(json.dumps(told | {"verify": verify, "cache": cache, "engine": engine}))
         command = [sys.executable, str(SUPPORT / "offline_child.py"), str(spec), str(out)]
         workers = int(engine.get("tp_size", 1)) * int(engine.get("dp_size", 1))  # type: ignore[call-overload]
         done = subprocess.run(

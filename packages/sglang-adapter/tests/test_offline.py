@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import checkpoints_of, make_adapter, merge_adapter
+from checkpoints import checkpoints_of
 from oracle import Oracle
 from prompts import PROMPT, RunOffline
 from sglang_server import environment
@@ -28,24 +28,6 @@ def test_sources_that_do_not_fit_leave_the_weights_alone(run_offline: RunOffline
         assert oracle.problems(PROMPT, result["answer"], [which] * 12) == []
     assert [result.get("weights_state") for result in results] == [None, "old", "old", None]
     assert [result["version"] for result in results] == [None, None, None, 1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("packed", ["0", "1"])
-def test_adapters_stay_when_their_base_changes(packed: str, run_offline: RunOffline, tmp_path: Path) -> None:
-    made = checkpoints_of("llama", tmp_path)
-    adapter = make_adapter(made["a"], tmp_path / "adapter", seed=7)
-    merged = {name: merge_adapter(made[name], adapter) for name in "abc"}
-    results = run_offline(
-        [made[name] for name in "abc"], lora="one", lora_paths=[f"one={adapter}"], enable_lora=True,
-        max_lora_rank=8, lora_backend="torch_native", variables={"HEADRACE_TEST_PACKED": packed},
-    )  # fmt: skip
-    plain, adapted = Oracle({name: made[name] for name in "abc"}), Oracle(merged)
-    for which, result in zip("abc", results, strict=True):
-        assert "error" not in result
-        assert plain.problems(PROMPT, result["answer"], [which] * 12) == []
-        assert adapted.problems(PROMPT, result["adapted"], [which] * 12) == []
-        assert result["adapted"]["logprobs"] != result["answer"]["logprobs"]
 
 
 @pytest.mark.slow

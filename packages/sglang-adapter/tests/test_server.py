@@ -123,19 +123,17 @@ def killer(server: SglangServer, when: str, which: slice) -> Callable[[str, int,
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["stage", "commit"])
 def test_one_rank_of_two_dies(when: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """The update ends within its deadlines and names what was lost; another server takes the weights afterwards."""
-    two = ("--tp-size", "2")
+    """The update ends within its deadlines; what stays alone is refused or gone at the next one."""
     with (
-        SglangServer(checkpoints["a"], *two, log=tmp_path / "1.log", workers=2) as server,
+        SglangServer(checkpoints["a"], "--tp-size", "2", log=tmp_path / "1.log", workers=2) as server,
         ParameterServer(checkpoints["b"]) as source,
     ):
         source.update(server.target)
         with pytest.raises(HeadraceError) as caught:
             source.update(server.target, deadlines=LIMITS, progress=killer(server, when, slice(1, 2)))
         assert caught.value.weights_state in (("old",) if when == "stage" else ("old", "mixed"))
-        server.kill()
-        with SglangServer(checkpoints["a"], *two, log=tmp_path / "2.log", port=server.port, workers=2) as again:
-            check(again, Oracle({"b": checkpoints["b"]}), "b", source.update(again.target).version)
+        with pytest.raises(HeadraceError):
+            source.update(server.target, deadlines=LIMITS)
 
 
 def test_a_key_guards_the_door(shared: SglangServer, target: EngineTarget, checkpoints: dict[str, Path]) -> None:

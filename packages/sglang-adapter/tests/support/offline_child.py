@@ -1,7 +1,6 @@
 """Runs an `Engine` through updates: `python offline_child.py SPEC.json OUT.json`.
 
-SPEC holds `checkpoints` (the first is the engine's own), `prompt`, `num_tokens` and `engine`: options of `Engine`. With
-`lora`, the name of an adapter among those options, every question is asked with that adapter too.
+SPEC holds `checkpoints` (the first is the engine's own), `prompt`, `num_tokens` and `engine`: options of `Engine`.
 """
 
 from __future__ import annotations
@@ -31,16 +30,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     sampling = {"temperature": 0.0, "max_new_tokens": spec["num_tokens"], "ignore_eos": True}
     control = headrace_sglang.attach(engine)
 
-    def answer(**options: Any) -> dict[str, Any]:
-        return answer_of(
-            engine.generate(
-                input_ids=spec["prompt"], sampling_params=sampling, return_logprob=True, **options
-            )
-        )
-
     def state() -> dict[str, Any]:
-        adapted = {"adapted": answer(lora_path=spec["lora"])} if spec["lora"] else {}
-        return {"answer": answer(), "version": control.served_version(10)} | adapted
+        out = engine.generate(input_ids=spec["prompt"], sampling_params=sampling, return_logprob=True)
+        return {"answer": answer_of(out), "version": control.served_version(10)}
 
     results: list[dict[str, Any]] = [state()]
     for checkpoint in spec["checkpoints"][1:]:
