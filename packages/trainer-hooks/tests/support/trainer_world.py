@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,13 +90,16 @@ class Witness(TorchControl):
 
     Attributes:
         seen: Version, and the fingerprints of all its live tensors.
+        go_on: Set before an update can end.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.seen: list[tuple[int | None, list[dict[str, Any]]]] = []
+        self.go_on = threading.Event()
 
     def resume(self, deadline_s: float) -> None:
-        """Look, then resume."""
+        """Look, then resume, when told to."""
+        assert self.go_on.wait(30)
         self.seen.append((self.served_version(deadline_s), fingerprints(self._url)))
         super().resume(deadline_s)
