@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,15 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for `p2p_world`
+
+if (
+    importlib.util.find_spec("sglang") is not None
+):  # its torchvision stand-in must be there before transformers looks
+    sys.path.insert(0, str(Path(__file__).parents[2] / "packages" / "sglang-adapter" / "tests" / "support"))
+    sys.path.insert(
+        0, str(Path(__file__).parents[2] / "packages" / "sglang-adapter" / "tests" / "support" / "cpu")
+    )
+    import torchvision_operators  # noqa: F401
 
 pytest.importorskip("transformers", reason="the embedded engine needs the extra headrace[engine]")
 
