@@ -146,17 +146,51 @@ def _install_sglang(session: nox.Session) -> None:
     _install_wheels(session, "core", "sglang-adapter", "vllm-adapter")
 
 
-TRAINERS = ("deepspeed==0.19.8", "ninja", "setuptools", "accelerate>=1.10", "lightning==2.6.6", "peft>=0.17")
-TRAINER_TESTS = ("packages/trainer-hooks/tests", "tests/trainers")
+HOOK_TESTS = "packages/trainer-hooks/tests"
+FSDP_PARTS, HF_PARTS = ("torch_trainers", "sources", "fence", "hooks", "versions"), ("frameworks", "lora")
+DEEPSPEED = ("deepspeed==0.19.8", "ninja", "setuptools")
+FRAMEWORKS = ("accelerate>=1.10", "lightning==2.6.6", "peft>=0.17")
 
 
 @nox.session
 def trainers(session: nox.Session) -> None:
-    """Hooks on the real frameworks over gloo; `-- -m slow`: into vLLM and SGLang, where their sessions have run."""
-    if shutil.which("g++") is None:
+    """Hooks on all training frameworks, over gloo: what `fsdp`, `deepspeed` and `hf` run, in one environment."""
+    _trainers(session, (HOOK_TESTS,), *DEEPSPEED, *FRAMEWORKS)
+
+
+@nox.session
+def fsdp(session: nox.Session) -> None:
+    """Hooks on torch's own ways to train: FSDP 1 and 2, HSDP, with tensor parallelism, DDP, plain."""
+    _trainers(session, [f"{HOOK_TESTS}/test_{part}.py" for part in FSDP_PARTS])
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Hooks on DeepSpeed, ZeRO 0 to 3."""
+    _trainers(session, (f"{HOOK_TESTS}/test_deepspeed.py",), *DEEPSPEED)
+
+
+@nox.session
+def hf(session: nox.Session) -> None:
+    """Hooks on Hugging Face's Trainer, Accelerate, Lightning and PEFT."""
+    _trainers(session, [f"{HOOK_TESTS}/test_{part}.py" for part in HF_PARTS], *DEEPSPEED, *FRAMEWORKS)
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """From FSDP2 with tensor parallelism and ZeRO-3 into real servers; run the sessions `vllm` and `sglang` before."""
+    beside = _beside("vllm", "sglang")
+    if len(beside) < 2:
+        session.error("the servers run in the environments of two other sessions: first run nox -s vllm sglang")
+    session.posargs[:0] = ["-m", "slow or not slow"]
+    _trainers(session, ("tests/trainers",), *DEEPSPEED, **beside)
+
+
+def _trainers(session: nox.Session, folders: Sequence[str], *needs: str, **environment: str) -> None:
+    if "ninja" in needs and shutil.which("g++") is None:
         session.error("DeepSpeed compiles its CPU kernels when it starts: install a C++ compiler (g++)")
-    _install(session, *TRAINERS, core_extras="engine,test,plot")
-    _pytest(session, TRAINER_TESTS, **_beside("vllm", "sglang"))
+    _install(session, *needs, core_extras="engine,test,plot")
+    _pytest(session, folders, **environment)
 
 
 @nox.session
