@@ -1,28 +1,16 @@
-"""Messages of the control channel and their encoding: msgpack behind a header that every version can read.
-
-Two frames per message: the header (magic, protocol version) and the body (one tagged struct). Arrays travel as raw
-little-endian bytes; nothing is pickled. Data never travels here.
-"""
+"""Messages of an update: base, both ways, from receivers and holders to the coordinator, and from it to them."""
 
 from __future__ import annotations
-
-import struct
-from collections.abc import Sequence
-from typing import Any, get_origin
 
 import msgspec
 import numpy as np
 
-from headrace.errors import RemoteFailure, RemoteProtocolError, VersionSkewError, WeightsState
+from headrace.errors import RemoteFailure, WeightsState
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.plan import BroadcastPlan, DigestTable, TransferPlan
 from headrace.recipe import LoadRecipe
 from headrace.telemetry import Span
-from headrace.types import DTYPES, ParamMeta, ParamTable, VerifyMode, WorkerId
-
-PROTOCOL_VERSION = 1
-_HEADER = struct.Struct("<4sH")
-_MAGIC = b"HDRC"
+from headrace.types import ParamTable, VerifyMode, WorkerId
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -65,14 +53,6 @@ class HolderHello(Message, frozen=True):
 
     token: str
     index: int
-    pid: int
-
-
-class MemberHello(Message, frozen=True):
-    """First message of who wants to read what a keeper holds, to hold it too, or only to look."""
-
-    token: str
-    name: str
     pid: int
 
 
@@ -299,214 +279,8 @@ class Shutdown(Message, frozen=True):
     """The holder's work is over; it leaves."""
 
 
-# ---- between a keeper and its members
-
-
-class AskOffer(Message, frozen=True):
-    """What is held? With `lease` the version stays held until `EndLease` or the end of the connection."""
-
-    lease: bool
-    version: int | None = None
-
-
-class Offer(Message, frozen=True):
-    """A whole version: who holds it, and the sum of every parameter, in the order of the first manifest's."""
-
-    version: int
-    manifests: tuple[Manifest, ...]
-    sums: np.ndarray
-
-
-class Contribute(Message, frozen=True):
-    """The member holds these as well: they are offered to others while it stays; empty to take them back."""
-
-    offers: tuple[Offer, ...]
-
-
-class EndLease(Message, frozen=True):
-    """The member reads no more; `joined` says which engines serve the version now."""
-
-    joined: tuple[str, ...] = ()
-
-
-class Reading(Message, frozen=True):
-    """How far a member is: bytes by the name of the holder that gave them, and bytes in all."""
-
-    version: int
-    from_holders: dict[str, int]
-    total_bytes: int
-
-
-class AskStanding(Message, frozen=True):
-    """Who holds what, and who reads from whom?"""
-
-
-class HolderStanding(msgspec.Struct, frozen=True):
-    """One holder as a keeper knows it."""
-
-    name: str
-    host: str
-    version: int
-    num_bytes: int
-    of_member: str = ""
-
-
-class MemberStanding(msgspec.Struct, frozen=True):
-    """One member as a keeper knows it; `from_holders` is bytes that it has read, by holder."""
-
-    name: str
-    version: int | None
-    from_holders: dict[str, int]
-    total_bytes: int
-    connected_s: float
-    joined: tuple[str, ...] = ()
-
-
-class Standing(Message, frozen=True):
-    """What a keeper knows."""
-
-    holders: tuple[HolderStanding, ...]
-    members: tuple[MemberStanding, ...]
-
-
 class Pin(Message, frozen=True):
     """To a holder: keep a version whatever is published, until `pinned` is False."""
 
     version: int
     pinned: bool
-
-
-AnyMessage = (
-    Heartbeat
-    | Failed
-    | ReceiverHello
-    | HolderHello
-    | MemberHello
-    | AskOffer
-    | Offer
-    | Contribute
-    | EndLease
-    | Reading
-    | AskStanding
-    | Standing
-    | Pin
-    | NeedMetas
-    | Described
-    | Staged
-    | Prepared
-    | Committed
-    | Finished
-    | Aborted
-    | Progress
-    | Published
-    | Filled
-    | Digests
-    | RingReady
-    | BroadcastDone
-    | Refused
-    | Describe
-    | Stage
-    | Prepare
-    | Commit
-    | Finish
-    | Abort
-    | Publish
-    | Fill
-    | Settle
-    | Settled
-    | SumDigests
-    | JoinRing
-    | Broadcast
-    | CancelBroadcast
-    | Release
-    | Shutdown
-)
-
-
-def _to_builtins(value: object) -> object:
-    if isinstance(value, np.ndarray):
-        array = np.ascontiguousarray(value)
-        return (array.dtype.str, array.shape, array.tobytes())
-    if isinstance(value, ParamTable):
-        return ([m.name for m in value], value.dtype_codes.tobytes(), [m.shape for m in value])
-    message = f"{type(value).__name__} has no place in a message"
-    raise TypeError(message)
-
-
-_ALLOWED_ARRAYS = frozenset({"<i8", "<i4", "|u1", "<u8", "<f8"})
-
-
-def _from_builtins(kind: Any, value: Any) -> object:  # noqa: ANN401 - any type, any data
-    if kind is ParamTable:
-        return _param_table(value)
-    if kind is np.ndarray or get_origin(kind) is np.ndarray:
-        return _array(value)
-    message = f"{kind} has no place in a message"
-    raise TypeError(message)
-
-
-def _array(value: Sequence[Any]) -> np.ndarray:
-    code, shape, data = value
-    if code not in _ALLOWED_ARRAYS:
-        message = f"arrays of {code!r} have no place in a message"
-        raise ValueError(message)
-    return np.frombuffer(data, dtype=code).reshape(shape)
-
-
-def _param_table(value: Sequence[Any]) -> ParamTable:
-    names, codes, shapes = value
-    if len(names) != len(codes) or len(names) != len(shapes):
-        message = "a parameter table's columns differ in length"
-        raise ValueError(message)
-    return ParamTable(
-        ParamMeta(name, DTYPES[code].name, tuple(shape))
-        for name, code, shape in zip(names, codes, shapes, strict=True)
-    )
-
-
-_encoder = msgspec.msgpack.Encoder(enc_hook=_to_builtins)
-_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage, dec_hook=_from_builtins)
-_HEADER_BYTES = _HEADER.pack(_MAGIC, PROTOCOL_VERSION)
-
-
-def encode(message: Message) -> list[bytes]:
-    """Return the frames of one message."""
-    return [_HEADER_BYTES, _encoder.encode(message)]
-
-
-def decode(frames: Sequence[bytes]) -> AnyMessage:
-    """Return the message in `frames`.
-
-    Raises:
-        VersionSkewError: The peer speaks another protocol version.
-        RemoteProtocolError: It is no message of ours.
-    """
-    if not frames or len(frames[0]) != _HEADER.size or not frames[0].startswith(_MAGIC):
-        message = f"a peer sent {len(frames)} frames that are no Headrace message"
-        raise RemoteProtocolError(message)
-    version = _HEADER.unpack(frames[0])[1]
-    if version != PROTOCOL_VERSION:
-        message = (
-            f"the peer speaks protocol {version}, this side {PROTOCOL_VERSION}; "
-            "install the same headrace version on both"
-        )
-        raise VersionSkewError(message)
-    if len(frames) != 2:
-        message = f"a message has 2 frames, this one {len(frames)}"
-        raise RemoteProtocolError(message)
-    try:
-        return _decoder.decode(frames[1])
-    except (msgspec.DecodeError, ValueError, TypeError, IndexError) as error:
-        message = f"a peer sent a damaged message: {error}"
-        raise RemoteProtocolError(message) from error
-
-
-__all__ = [
-    name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)
-]
-__all__ += [
-    "PROTOCOL_VERSION",
-    "RingAddress",
-    "decode",
-    "encode",
-]
