@@ -14,6 +14,9 @@ import typer
 
 from headrace.cli.console import format_bytes, print_json, stdout
 from headrace.cli.members import FromOptions, with_nics
+from headrace.cli.options import (
+    Checkpoint,
+)
 from headrace.config import host_settings
 from headrace.errors import ConfigError
 
@@ -32,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def hold(
-    checkpoint: Annotated[Path, typer.Option(help="Folder or file of safetensors.")],
+    checkpoint: Checkpoint,
     version: Annotated[
         int | None, typer.Option(help="Number of the version; default: what partners hold, or 1.")
     ] = None,

@@ -12,8 +12,18 @@ import typer
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
 from headrace.cli.hold import stay
 from headrace.cli.members import FromOptions, invitation_of, with_nics
+from headrace.cli.options import (
+    BudgetGib,
+    Ca,
+    Certificate,
+    Headers,
+    Insecure,
+    ReadyS,
+    ReportFile,
+    To,
+    engine_targets,
+)
 from headrace.cli.render import print_report, report_json
-from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
 from headrace.config import GIB, Deadlines, UpdateSettings, host_settings
 
 if TYPE_CHECKING:
@@ -37,14 +47,12 @@ def join(
         int | None, typer.Option(help="Version to join; default: the newest that is held.")
     ] = None,
     nics: FromOptions.Nics = None,
-    budget_gib: Annotated[float | None, typer.Option(help="Most staging memory per worker.")] = None,
-    ready_s: Annotated[
-        float, typer.Option(help="How long to wait for an engine that is not up yet.")
-    ] = 600.0,
+    budget_gib: BudgetGib = None,
+    ready_s: ReadyS = 600.0,
     keep_held: Annotated[
         bool, typer.Option("--keep-held", help="Afterwards stay, and give to others what was read.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    report: ReportFile = None,
     header: Headers = None,
     ca: Ca = None,
     cert: Certificate = None,

@@ -10,9 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
+from headrace.cli.options import (
+    BucketMib,
+    BudgetGib,
+    Ca,
+    Certificate,
+    Headers,
+    Holders,
+    Insecure,
+    ReadyS,
+    Route,
+    Strict,
+    ToOption,
+    Transport,
+    engine_targets,
+)
 from headrace.cli.render import way_json
 from headrace.cli.simulated_fabric import fabric_json, fabric_table, is_fabric, predictions
-from headrace.cli.targets import Ca, Certificate, Headers, Insecure, ToOption, engine_targets
 from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
 from headrace.errors import ConfigError
 
@@ -40,21 +54,17 @@ def plan(
             "gb=1030,tp=16,hosts=32,nic-gbit=400; or `published`."
         ),
     ] = None,
-    route: Annotated[str, typer.Option(help="auto, direct or broadcast.")] = "auto",
-    transport: Annotated[str, typer.Option(help="auto, memory or tcp.")] = "auto",
+    route: Route = "auto",
+    transport: Transport = "auto",
     version: Annotated[int | None, typer.Option(help="Version to plan for.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse source names that nothing uses.")] = False,
-    holders: Annotated[
-        int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")
-    ] = None,
-    budget_gib: Annotated[float | None, typer.Option(help="Most staging memory per worker.")] = None,
-    bucket_mib: Annotated[float, typer.Option(help="Size of one bucket.")] = 64.0,
+    strict: Strict = False,
+    holders: Holders = None,
+    budget_gib: BudgetGib = None,
+    bucket_mib: BucketMib = 64.0,
     gb_per_s: Annotated[
         float | None, typer.Option(help="Speed of every worker's and holder's link, for a prediction.")
     ] = None,
-    ready_s: Annotated[
-        float, typer.Option(help="How long to wait for an engine that is not up yet.")
-    ] = 600.0,
+    ready_s: ReadyS = 600.0,
     header: Headers = None,
     ca: Ca = None,
     cert: Certificate = None,

@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from headrace.cli.console import stdout
-from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
+from headrace.cli.options import (
+    Ca,
+    Certificate,
+    Headers,
+    Insecure,
+    To,
+    engine_targets,
+)
 
 
 def register(app: typer.Typer) -> None:

@@ -12,8 +12,24 @@ import typer
 
 from headrace.cli.console import print_json, stdout
 from headrace.cli.hold import stay
+from headrace.cli.options import (
+    BucketMib,
+    BudgetGib,
+    Ca,
+    Certificate,
+    Checkpoint,
+    Headers,
+    Holders,
+    Insecure,
+    ReadyS,
+    ReportFile,
+    Route,
+    Strict,
+    To,
+    Transport,
+    engine_targets,
+)
 from headrace.cli.render import print_report, report_json
-from headrace.cli.targets import Ca, Certificate, Headers, Insecure, To, engine_targets
 from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
 from headrace.telemetry import chrome_trace
 
@@ -28,10 +44,10 @@ def register(app: typer.Typer) -> None:
 
 
 def update(
-    checkpoint: Annotated[Path, typer.Option(help="Folder or file of safetensors.")],
+    checkpoint: Checkpoint,
     to: To,
-    route: Annotated[str, typer.Option(help="auto, direct or broadcast.")] = "auto",
-    transport: Annotated[str, typer.Option(help="auto, memory or tcp.")] = "auto",
+    route: Route = "auto",
+    transport: Transport = "auto",
     cache: Annotated[
         str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")
     ] = "recompute",
@@ -39,27 +55,21 @@ def update(
     version: Annotated[
         int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse source names that nothing uses.")] = False,
+    strict: Strict = False,
     rolling: Annotated[
         bool,
         typer.Option("--rolling", help="Pause engines one after another, so that the fleet never stops."),
     ] = False,
-    holders: Annotated[
-        int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")
-    ] = None,
-    budget_gib: Annotated[
-        float | None, typer.Option(help="Most staging memory per worker; default: what is free.")
-    ] = None,
-    bucket_mib: Annotated[float, typer.Option(help="Size of one bucket.")] = 64.0,
+    holders: Holders = None,
+    budget_gib: BudgetGib = None,
+    bucket_mib: BucketMib = 64.0,
     keep_held: Annotated[
         bool,
         typer.Option("--keep-held", help="Afterwards stay, and give the weights to instances that join."),
     ] = False,
-    ready_s: Annotated[
-        float, typer.Option(help="How long to wait for an engine that is not up yet.")
-    ] = 600.0,
+    ready_s: ReadyS = 600.0,
     trace: Annotated[Path | None, typer.Option(help="Write Chrome trace events (Perfetto).")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    report: ReportFile = None,
     header: Headers = None,
     ca: Ca = None,
     cert: Certificate = None,

@@ -1,4 +1,4 @@
-"""Options by which commands name engines and say how to reach them."""
+"""Options that commands share; foremost those that name engines and say how to reach them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ Certificate = Annotated[
     typer.Option("--cert", help="This client's certificate and key, PEM, where engines ask for one."),
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Do not check engines' certificates.")]
+
+Checkpoint = Annotated[Path, typer.Option(help="Folder or file of safetensors.")]
+Route = Annotated[str, typer.Option(help="auto, direct or broadcast.")]
+Transport = Annotated[str, typer.Option(help="auto, memory or tcp.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse source names that nothing uses.")]
+Holders = Annotated[
+    int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")
+]
+BudgetGib = Annotated[
+    float | None, typer.Option(help="Most staging memory per worker; default: what is free.")
+]
+BucketMib = Annotated[float, typer.Option(help="Size of one bucket.")]
+ReadyS = Annotated[float, typer.Option(help="How long to wait for an engine that is not up yet.")]
+ReportFile = Annotated[Path | None, typer.Option(help="Write the report as JSON.")]
 
 
 def engine_targets(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.targets import engine_targets
+from headrace.cli.options import engine_targets
 from headrace.errors import ConfigError
 
 
