@@ -197,7 +197,7 @@ def _trainers(session: nox.Session, folders: Sequence[str], *needs: str, **envir
 def p2p(session: nox.Session) -> None:
     """Peer to peer over a real Mooncake, on TCP; `-- -m "slow or not slow"` runs all of it."""
     _install(session, "mooncake-transfer-engine-non-cuda==0.3.13.post1", core_extras="engine,test")
-    tell = "import sys; from headrace.transports.mooncake_engine import missing; sys.exit(missing())"
+    tell = "import sys; from headrace.transports.mooncake_engine import missing; sys.exit(missing() or None)"
     session.run("python", "-c", tell)
     folders = ("tests/p2p", "packages/core/tests/p2p", "packages/core/tests/transports/test_mooncake.py")
     _pytest(session, folders, **_beside("vllm", "sglang"))
