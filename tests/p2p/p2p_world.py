@@ -23,7 +23,7 @@ from headrace.server.invitation import Invitation
 from headrace.server.membership import Membership
 from headrace.transports.mooncake_engine import missing
 
-START_S = 60.0
+START_S = 120.0
 
 
 class Command:
@@ -110,8 +110,9 @@ class HoldProcess(Command):
         limit = time.monotonic() + START_S
         while not (metas.exists() and metas.read_text().endswith("}\n")):
             if self.process.poll() is not None or time.monotonic() > limit:
-                _, _, err = self.end(1.0)
-                text = f"hold did not come up: {err}"
+                self.process.kill()
+                _, _, err = self.end()
+                text = f"hold did not come up within {START_S:g} s: {err}"
                 raise ConnectError(text)
             time.sleep(0.05)
         self.invitation = Invitation.load(metas)

@@ -14,7 +14,7 @@ from headrace.server.membership import Membership
 from headrace.store.checkpoint import CheckpointSource
 from headrace.testing.engine_process import EngineProcess
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 
 def tensor_bytes(checkpoint: Path) -> int:

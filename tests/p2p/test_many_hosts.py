@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 READER = Path(__file__).with_name("p2p_reader.py")
 MBIT = 200
 PATIENCE_S = "2"
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")
