@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import signal
+from importlib.util import find_spec
 
 # A run in the background of a shell ignores SIGINT, and would hand that down to every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says how busy the machine is; pytest-timeout bounds the whole.
+if find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("headrace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("headrace")
