@@ -22,6 +22,7 @@ from headrace.control.dialer import Dialer
 from headrace.errors import ConfigError, ConnectError, HeadraceError, LocalProtocolError, VersionSkewError
 from headrace.server.parameter_server import ParameterServer
 from headrace.types import WorkerId
+from headrace.wire import encoding
 
 SLOW_S = 3.0
 
@@ -103,7 +104,7 @@ def test_a_server_makes_one_update_at_a_time(
 
 def speak_version(_backend: object, _receiver: object, version: int) -> None:
     """Let a worker's messages carry another protocol version."""
-    wire._HEADER_BYTES = wire._HEADER.pack(wire._MAGIC, version)  # type: ignore[misc]
+    encoding._HEADER_BYTES = encoding._HEADER.pack(encoding._MAGIC, version)  # type: ignore[misc]
 
 
 def test_a_peer_of_another_protocol_version_is_named(world: World) -> None:
