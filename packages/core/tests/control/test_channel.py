@@ -299,6 +299,8 @@ def test_garbage_from_an_admitted_peer_loses_only_that_peer(
     broken.send_multipart(encode(HolderHello(token=token, index=2, pid=1)))
     assert isinstance(hub.receive(5), Received)
     broken.send_multipart([b"junk"])
+    for _ in range(100):
+        broken.send_multipart(encode(Staged()))
     event = hub.receive(5)
     assert isinstance(event, Lost)
     assert "broke the protocol" in event.reason

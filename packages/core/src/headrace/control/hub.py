@@ -36,7 +36,7 @@ _JOIN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Forgotten:
-    """Nothing of this peer comes after it: what had come before `forget` reached the thread is passed over."""
+    """Nothing of this peer comes after it: what had come before the thread dropped it is passed over."""
 
     peer: PeerId
 
@@ -132,8 +132,7 @@ class Hub:
 
     def forget(self, peer: PeerId) -> None:
         """Drop a peer: no `Lost` follows, what it still sends is ignored. Idempotent."""
-        self._forgotten.add(peer)
-        self._submit(lambda: self._forget(peer))
+        self._drop(peer, lambda: self._router.forget(peer.identity))
 
     def close(self, linger_s: float = 1.0) -> None:
         """Flush what was sent, at most `linger_s`, and end the thread; idempotent."""
@@ -144,9 +143,15 @@ class Hub:
         self._thread.join(linger_s + _JOIN_S)
         self._wakeup.close()
 
-    def _forget(self, peer: PeerId) -> None:
-        self._router.forget(peer.identity)
-        self._inbox.put(_Forgotten(peer))
+    def _drop(self, peer: PeerId, drop: Callable[[], object]) -> None:
+        """Hear nothing more of a peer from this moment on, whatever of it is queued or still arrives."""
+
+        def drop_and_tell() -> None:
+            drop()
+            self._inbox.put(_Forgotten(peer))
+
+        self._forgotten.add(peer)
+        self._submit(drop_and_tell)
 
     def _decoded(self, peer: PeerId, frames: list[bytes]) -> Event:
         try:
@@ -154,7 +159,7 @@ class Hub:
         except ProtocolError as error:
             logger.warning("%s broke the protocol and is dropped: %s", peer, error)
             failure = RemoteFailure.of(error)
-            self._submit(lambda: self._router.refuse(peer.identity, failure))
+            self._drop(peer, lambda: self._router.refuse(peer.identity, failure))
             return Lost(peer, f"it broke the protocol: {error}")
 
     def _submit(self, task: Callable[[], object]) -> None:
