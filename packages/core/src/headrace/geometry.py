@@ -14,6 +14,7 @@ from math import prod
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from headrace.types import I32, I64
 
@@ -74,6 +75,18 @@ def contiguous_strides(shape: Sequence[int], itemsize: int = 1) -> Shape:
         strides.append(step)
         step *= extent
     return tuple(reversed(strides))
+
+
+def dense_strides(shapes: I64, itemsize: I64 | int = 1) -> I64:
+    """Return row-major strides of N shapes, shape (N, K), in units of `itemsize` (one, or shape (N,))."""
+    inner = np.ones_like(shapes)
+    inner[:, :-1] = np.cumprod(shapes[:, :0:-1], axis=1)[:, ::-1]
+    return np.asarray(inner * np.reshape(itemsize, (-1, 1)))
+
+
+def is_dense(strides: I64, shapes: I64, itemsize: I64) -> npt.NDArray[np.bool_]:
+    """Return which of N strided boxes lie row-major without gaps, shape (N,); strides are in bytes, shape (N, K)."""
+    return np.asarray(((strides == dense_strides(shapes, itemsize)) | (shapes <= 1)).all(axis=1))
 
 
 def boxes_of_flat_range(shape: Shape, begin: int, end: int) -> list[Box]:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from headrace.config import MIB
 from headrace.errors import CapacityError
 from headrace.geometry import Box, RegionTable
-from headrace.plan import staged_bytes
-from headrace.planner.ring import ALIGN_BYTES, choose_ring, cut, device_ring, pack
+from headrace.plan import buffered, staged_bytes
+from headrace.planner.ring import ALIGN_BYTES, choose_ring, cut, mapped_ring, pack
 from headrace.testing.copies import CopyRow, table_of
 
 
@@ -80,8 +80,25 @@ def test_a_gpu_stages_where_its_budget_has_room() -> None:
     copies = table_of([CopyRow(shape=(n,), src_strides=(2,), dst_strides=(2,)) for n in (64, 65, 1)])
     needed = 128 + 256 + 128
     assert staged_bytes(copies).tolist() == [128, 256, 128]
-    roomy, tight = device_ring(copies, needed), device_ring(copies, needed - 1)
+    roomy, tight = (mapped_ring(copies, room, on_gpu=True) for room in (needed, needed - 1))
     assert (roomy.mode, roomy.slot_bytes, roomy.depth) == ("device", needed, 1)
     assert tight.mode == "none"
     assert "do not fit" in tight.why
-    assert device_ring(copies.take(slice(0)), 0).mode == "none"
+    assert mapped_ring(copies.take(slice(0)), 0, on_gpu=True).mode == "none"
+
+
+def test_a_host_gathers_scattered_rows_before_the_pause() -> None:
+    rows = [
+        CopyRow(shape=(4, 32), src_strides=(128, 2), dst_strides=(64, 2)),
+        CopyRow(shape=(4, 32), src_strides=(64, 2), dst_strides=(64, 2)),
+        CopyRow(shape=(4, 32), src_strides=(128, 2), dst_strides=(96, 2)),
+        CopyRow(shape=(1, 32), src_strides=(128, 2), dst_strides=(64, 2)),
+        CopyRow(shape=(4, 32), src_strides=(256, 4), dst_strides=(64, 2), src_dtype="float32"),
+    ]
+    copies = table_of(rows)
+    assert buffered(copies, "gathered").tolist() == [True, False, False, False, False]
+    assert not buffered(copies, "none").any()
+    assert buffered(copies, "device").all()
+    roomy, tight = (mapped_ring(copies, room, on_gpu=False) for room in (256, 255))
+    assert (roomy.mode, roomy.slot_bytes, roomy.depth) == ("gathered", 256, 1)
+    assert tight.mode == "none"

@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from headrace.geometry import Box, RegionTable, boxes_of_flat_range, contiguous_strides
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
-from headrace.plan import CopyTable, TransferPlan, UpdatePlan
+from headrace.plan import MAPPED_MODES, CopyTable, TransferPlan, UpdatePlan
 from headrace.recipe import FillTable, LoadRecipe
 from headrace.types import DTYPE_CODES, DTYPES, ParamMeta, ParamTable
 
@@ -231,7 +231,7 @@ def receive(world: World, update: UpdatePlan, index: int = 0) -> tuple[list[np.n
     blocks = [np.zeros(n, np.uint8) for n in sizes]
     counts = [np.zeros(n, np.uint8) for n in sizes]
     segments = _mapped(world, plan)
-    if plan.ring.mode == "none":
+    if plan.ring.mode in MAPPED_MODES:
         for b in range(plan.num_buckets):
             run_copies(plan.apply, _rows(plan.apply_starts, b), segments, blocks, counts)
         return blocks, counts

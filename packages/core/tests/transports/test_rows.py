@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import PlanError
+from headrace.geometry import dense_strides
 from headrace.plan import CopyTable
 from headrace.testing.copies import CopyRow, table_of
-from headrace.transports.rows import Rows, batches, cut_rows, dense_strides, joined_spans, packed_bases
+from headrace.transports.rows import Rows, batches, cut_rows, joined_spans, packed_bases
 
 pytestmark = pytest.mark.timeout(60)
 

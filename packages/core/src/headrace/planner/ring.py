@@ -8,8 +8,8 @@ import numpy as np
 
 from headrace.config import MIB
 from headrace.errors import CapacityError
-from headrace.geometry import RegionTable
-from headrace.plan import CopyTable, Ring, staged_bytes
+from headrace.geometry import RegionTable, dense_strides
+from headrace.plan import CopyTable, Ring, RingMode, buffered, staged_bytes
 from headrace.planner.join import restrict, volumes
 from headrace.types import I32, I64
 
@@ -74,22 +74,25 @@ def choose_ring(
     return _serial(room, bucket_bytes, short, reserved_bytes)
 
 
-def device_ring(apply: CopyTable, room: int) -> Ring:
-    """Choose whether copies from mapped memory go by way of a buffer on the receiver's GPU.
+def mapped_ring(apply: CopyTable, room: int, *, on_gpu: bool) -> Ring:
+    """Choose which copies from mapped memory go by way of a buffer that is filled before the pause.
 
     Args:
         apply: The copies.
-        room: GPU memory that staging may take.
+        room: Memory that staging may take: of the receiver's GPU, or of its host.
+        on_gpu: Whether the receiver's parameters lie on a GPU.
     """
-    needed = int(staged_bytes(apply).sum())
+    mode: RingMode = "device" if on_gpu else "gathered"
+    where = "GPU memory" if on_gpu else "memory"
+    needed = int(staged_bytes(apply.take(buffered(apply, mode))).sum())
     if not needed:
-        return Ring("none", 0, 0, "nothing is copied")
+        return Ring("none", 0, 0, "copies go straight into live tensors")
     if needed <= room:
-        why = f"{size(needed)} fit into the {size(room)} of GPU memory that staging may take"
-        return Ring("device", needed, 1, why)
+        why = f"{size(needed)} fit into the {size(room)} of {where} that staging may take"
+        return Ring(mode, needed, 1, why)
     why = (
-        f"copies go straight into live tensors: {size(needed)} do not fit into the {size(max(room, 0))} of GPU "
-        "memory that staging may take"
+        f"copies go straight into live tensors: {size(needed)} do not fit into the {size(max(room, 0))} of {where} "
+        "that staging may take"
     )
     return Ring("none", 0, 0, why)
 
@@ -144,7 +147,7 @@ def cut(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[RegionTabl
 
 
 def _cut_all(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[RegionTable, I64]:
-    inner = itemsize[:, None] * _inner_elements(table.shape)
+    inner = dense_strides(table.shape, itemsize)
     dim = np.argmax(inner <= limit_bytes, axis=1)[:, None]
     column = np.arange(table.ndim)[None, :]
     chunk = np.where(
@@ -155,7 +158,7 @@ def _cut_all(table: RegionTable, itemsize: I64, limit_bytes: int) -> tuple[Regio
     num = volumes(steps)
     rows = np.repeat(np.arange(len(table)), num)
     number = np.arange(len(rows)) - np.repeat(np.cumsum(num) - num, num)
-    index = number[:, None] // _inner_elements(steps)[rows] % steps[rows]
+    index = number[:, None] // dense_strides(steps)[rows] % steps[rows]
     shift = index * chunk[rows]
     shape = np.minimum(chunk[rows], table.shape[rows] - shift)
     return restrict(table, rows, table.offsets[rows] + shift, shape), rows
@@ -201,16 +204,9 @@ def _bucket_starts(owner: I32, ends: I64, slot_bytes: int) -> tuple[I64, I64]:
 
 def slot_regions(pieces: RegionTable, packing: Packing, itemsize: I64) -> RegionTable:
     """Return the pieces as they lie in their slots: row-major; the slot of a row's bucket is block 0."""
-    strides = itemsize[:, None] * _inner_elements(pieces.shape)
+    strides = dense_strides(pieces.shape, itemsize)
     slot = np.zeros(len(pieces), np.int32)
     return RegionTable(pieces.param, pieces.offsets, pieces.shape, slot, packing.offset, strides)
-
-
-def _inner_elements(shape: I64) -> I64:
-    """Return the elements that one step of each dim spans, row-major."""
-    inner = np.ones_like(shape)
-    inner[:, :-1] = np.cumprod(shape[:, :0:-1], axis=1)[:, ::-1]
-    return inner
 
 
 def size(num_bytes: int) -> str:

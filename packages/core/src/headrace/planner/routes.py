@@ -15,7 +15,7 @@ from headrace.planner.bodies import Body, Needed, Packed, Served, direct_body, m
 from headrace.planner.broadcast import Broadcast
 from headrace.planner.digest_tables import param_ndims
 from headrace.planner.holdings import Holdings
-from headrace.planner.ring import check_reserved, device_ring
+from headrace.planner.ring import check_reserved, mapped_ring
 from headrace.planner.views import (
     COLLECTIVE,
     MAPPED,
@@ -99,9 +99,9 @@ class Router:
             return None
         limit = self._settings.bucket_bytes
         body = self._once(("mapped", receiver.recipe.key, view.key), lambda: direct_body(served, limit))
-        if receiver.on_gpu and any(view.segments[i].kind == "host" for i in body.segments.tolist()):
+        if any(view.segments[i].kind == "host" for i in body.segments.tolist()):
             room = receiver.budget_bytes - self._needed(receiver).opaque_bytes
-            body = replace(body, ring=device_ring(body.apply, room))
+            body = replace(body, ring=mapped_ring(body.apply, room, on_gpu=receiver.on_gpu))
         return self._bound(receiver, view, body, served, Way("direct", MAPPED, why))
 
     def _mapped_or_raise(self, receiver: Receiver) -> Planned:

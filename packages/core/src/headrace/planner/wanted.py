@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from headrace.manifest import Manifest, SegmentDescriptor
-from headrace.plan import CopyTable, UpdatePlan
+from headrace.plan import MAPPED_MODES, CopyTable, UpdatePlan
 from headrace.planner.join import all_dims, reaches
 from headrace.types import I32, I64, ITEMSIZES
 
@@ -28,7 +28,7 @@ def _sources(plan: UpdatePlan) -> list[tuple[tuple[SegmentDescriptor, ...], I32,
     """Return every table whose sources are segments of holders."""
     found = []
     for transfer in plan.receivers:
-        through_ring = transfer.ring.mode not in ("none", "device")
+        through_ring = transfer.ring.mode not in MAPPED_MODES
         table = transfer.fill if through_ring else transfer.apply
         if transfer.route != "broadcast":
             found.append((transfer.segments, transfer.segment_holder, table))

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 
 from headrace.errors import ApplyError, IntegrityError, TransferTimeoutError, TransportClosedError
+from headrace.geometry import dense_strides
 from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline, RingSignals
-from headrace.plan import CopyTable, TransferPlan, staged_bytes
+from headrace.plan import CopyTable, TransferPlan, buffered, staged_bytes
 from headrace.protocols import Transport
 from headrace.receiver.blocks import allocate_bytes
 from headrace.segments.host import MappedSegment
 from headrace.telemetry import Recorder
 from headrace.transports.binding import Program, bind_copies
 from headrace.transports.memory import MemoryTransport
-from headrace.transports.rows import dense_strides
-from headrace.types import ITEMSIZES
+from headrace.types import I64, ITEMSIZES
 
 POPULATE_CHUNK_BYTES = 16 << 20
 STAGE_COPY_S = 60.0
@@ -71,46 +71,64 @@ class _Bucket:
 
 def _bucket(
     plan: TransferPlan,
+    apply: CopyTable,
     bounds: tuple[int, int],
     sources: Sequence[torch.Tensor],
     blocks: list[torch.Tensor],
     *,
     undisturbed: bool,
-    only_opaque: bool = False,
 ) -> _Bucket:
-    """Bind the copies of rows `[begin, end)`; `undisturbed` if nothing is fetched while they run."""
+    """Bind rows `[begin, end)` of `apply`; `undisturbed` if nothing is fetched while they run."""
     begin, end = bounds
-    is_opaque = plan.apply.dst_block[begin:end] >= plan.num_targets
+    is_opaque = apply.dst_block[begin:end] >= plan.num_targets
     rows = np.arange(begin, end)
     live = rows[~is_opaque]
-    table = plan.apply.take(live)
+    table = apply.take(live)
     return _Bucket(
-        opaque=bind_copies(plan.apply.take(rows[is_opaque]), sources, blocks),
-        live=bind_copies(table.take(slice(0)) if only_opaque else table, sources, blocks, undisturbed=undisturbed),
+        opaque=bind_copies(apply.take(rows[is_opaque]), sources, blocks),
+        live=bind_copies(table, sources, blocks, undisturbed=undisturbed),
         live_rows=live,
         num_bytes=_live_bytes(table),
     )
 
 
-def _staged_bucket(
-    plan: TransferPlan, sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]
+def _mapped_bucket(
+    plan: TransferPlan, bounds: tuple[int, int], sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]
 ) -> _Bucket:
-    """Bind all copies by way of a buffer on the GPU: `staged` fills it, `live` copies out of it.
+    """Bind copies out of mapped memory; where the plan buffers some, `staged` fills the buffer that `live` reads.
 
     Raises:
-        CapacityError: The GPU has no room for the buffer.
+        CapacityError: There is no room for the buffer.
     """
-    direct = _bucket(plan, (0, len(plan.apply)), sources, blocks, undisturbed=True, only_opaque=True)
-    table = plan.apply.take(direct.live_rows)
-    sizes = staged_bytes(table)
-    device = next(block.device for block in blocks if block.is_cuda)
+    table = plan.apply.take(slice(*bounds))
+    rows = np.flatnonzero(buffered(table, plan.ring.mode) & (table.dst_block < plan.num_targets))
+    if not len(rows):
+        return _bucket(plan, plan.apply, bounds, sources, blocks, undisturbed=True)
+    chosen = table.take(rows)
+    sizes, itemsize = staged_bytes(chosen), ITEMSIZES[chosen.src_dtype]
+    device = next((block.device for block in blocks if block.is_cuda), torch.device("cpu"))
     buffer = allocate_bytes(int(sizes.sum()), device)
-    base, itemsize = np.cumsum(sizes) - sizes, ITEMSIZES[table.src_dtype]
-    strides, block = dense_strides(table.shape, itemsize), np.zeros(len(table), np.int32)
-    fill = replace(table, dst_block=block, dst_base=base, dst_strides=strides, dst_dtype=table.src_dtype)
-    apply = replace(table, src_block=block, src_base=base, src_strides=strides)
-    staged = bind_copies(fill, sources, [buffer], gentle=True)
-    return replace(direct, live=bind_copies(apply, [buffer], blocks), staged=staged)
+    base, strides = np.cumsum(sizes) - sizes, dense_strides(chosen.shape, itemsize)
+    first = np.zeros(len(rows), np.int32)
+    fill = replace(
+        chosen, dst_block=first, dst_base=base, dst_strides=strides, dst_dtype=chosen.src_dtype
+    )
+    rows += bounds[0]
+    apply = replace(
+        plan.apply,
+        src_block=_with(plan.apply.src_block, rows, len(sources)),
+        src_base=_with(plan.apply.src_base, rows, base),
+        src_strides=_with(plan.apply.src_strides, rows, strides),
+    )
+    bucket = _bucket(plan, apply, bounds, [*sources, buffer], blocks, undisturbed=True)
+    return replace(bucket, staged=bind_copies(fill, sources, [buffer], gentle=True))
+
+
+def _with(column: np.ndarray, rows: I64, values: np.ndarray | int) -> np.ndarray:
+    """Return a copy of a table's column with some rows replaced."""
+    changed = column.copy()
+    changed[rows] = values
+    return changed
 
 
 def _bounds(plan: TransferPlan) -> list[tuple[int, int]]:
@@ -145,7 +163,7 @@ class Differences:
 
 
 class DirectDelivery:
-    """Copies from mapped holder memory into live tensors: straight, or by way of a buffer on this worker's GPU."""
+    """Copies from mapped holder memory into live tensors: straight, or by way of a buffer."""
 
     def __init__(
         self,
@@ -176,10 +194,7 @@ class DirectDelivery:
         # A GPU is given everything in one go: its copies run on while the next ones are handed over.
         bounds = [(0, len(self._plan.apply))] if on_gpu else _bounds(self._plan)
         with self._recorder.span("build"):
-            if self._plan.ring.mode == "device":
-                self._buckets = [_staged_bucket(self._plan, sources, self._blocks)]
-            else:
-                self._buckets = [_bucket(self._plan, b, sources, self._blocks, undisturbed=True) for b in bounds]
+            self._buckets = [_mapped_bucket(self._plan, b, sources, self._blocks) for b in bounds]
         with self._recorder.span("stage"):
             for bucket in self._buckets:
                 if bucket.staged is not None:
@@ -242,7 +257,7 @@ class RingDelivery:
         depth = plan.ring.depth
         staged = depth >= plan.num_buckets
         buckets = [
-            _bucket(plan, rows, [feed.slots[b % depth]], blocks, undisturbed=staged)
+            _bucket(plan, plan.apply, rows, [feed.slots[b % depth]], blocks, undisturbed=staged)
             for b, rows in enumerate(_bounds(plan))
         ]
         self._buckets = buckets
@@ -332,13 +347,19 @@ def tcp_feed(
     for number, segment in enumerate(plan.segments):
         transport.open(holders[int(plan.segment_holder[number])], segment, deadline_s)
     size, depth = plan.ring.slot_bytes, plan.ring.depth
-    slots = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(depth)]
+    slots = [_slot(size, pinned=pinned) for _ in range(depth)]
 
     def fetch(bucket: int, slot: int) -> None:
         rows = plan.fill.take(slice(int(plan.fill_starts[bucket]), int(plan.fill_starts[bucket + 1])))
         transport.wait(transport.submit(rows, plan.segments, [slots[slot]]), deadline_s)
 
     return Feed("read", slots, fetch, lambda _count: None, lambda: None)
+
+
+def _slot(num_bytes: int, *, pinned: bool) -> torch.Tensor:
+    if pinned:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return allocate_bytes(num_bytes, torch.device("cpu"))
 
 
 def broadcast_feed(

@@ -22,6 +22,7 @@ from headrace.errors import (
     TransferTimeoutError,
 )
 from headrace.pipeline import RingSignals
+from headrace.plan import MAPPED_MODES
 from headrace.planner import receiver_digests
 from headrace.protocols import Ticket
 from headrace.receiver.blocks import Destinations, write_fills
@@ -103,8 +104,9 @@ class Session:
         except HeadraceError as error:
             logger.warning("update %s could not enrol: %s", self.ticket.update_id, error)
         finally:
-            self._forget()
+            # First the last word: what is waiting for it keeps an engine paused.
             dialer.close(linger_s=2.0)
+            self._forget()
             self.alive = False
 
     def leave(self) -> None:
@@ -180,7 +182,7 @@ class Session:
     def _deliver(self, message: wire.Stage, blocks: list[torch.Tensor], names: list[str]) -> Delivery:
         plan, recorder = message.plan, self._receiver.recorder
         differences = Differences(plan, names)
-        if plan.ring.mode in {"none", "device"}:
+        if plan.ring.mode in MAPPED_MODES:
             memory = self._receiver.memory
             return DirectDelivery(plan, message.holders, memory, blocks, differences, recorder)
         if message.ring is not None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from headrace.geometry import dense_strides
 from headrace.plan import CopyTable
-from headrace.transports.rows import Rows, cut_rows, dense_strides
+from headrace.transports.rows import Rows, cut_rows
 from headrace.types import I64
 
 MERGE_GAP_BYTES = 4096

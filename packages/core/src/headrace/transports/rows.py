@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from headrace.errors import PlanError
+from headrace.geometry import is_dense
 from headrace.plan import CopyTable
 from headrace.types import DTYPES, I32, I64, ITEMSIZES, U8
 
@@ -56,9 +57,7 @@ class Rows:
     @property
     def dense(self) -> Mask:
         """Whether a row's elements lie row-major without gaps, shape (N,)."""
-        return np.asarray(
-            ((self.strides == dense_strides(self.shape, self.itemsize)) | (self.shape <= 1)).all(axis=1)
-        )
+        return is_dense(self.strides, self.shape, self.itemsize)
 
     @property
     def aligned(self) -> Mask:
@@ -98,13 +97,6 @@ class Rows:
             f"{self.base[row]}, strides {self.strides[row].tolist()}, shape {self.shape[row].tolist()}, "
             f"dtype {self.dtype[row]}; plan again"
         )
-
-
-def dense_strides(shape: I64, itemsize: I64) -> I64:
-    """Return row-major byte strides, shape (N, K)."""
-    inner = np.ones_like(shape)
-    inner[:, :-1] = np.cumprod(shape[:, :0:-1], axis=1)[:, ::-1]
-    return np.asarray(inner * itemsize[:, None])
 
 
 def packed_bases(num_bytes: I64) -> I64:

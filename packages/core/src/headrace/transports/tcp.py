@@ -20,11 +20,12 @@ from headrace.errors import (
     PeerLostError,
     RemoteProtocolError,
 )
+from headrace.geometry import dense_strides
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import CopyTable
 from headrace.transports.jobs import ReadBoard
 from headrace.transports.program import CopyProgram, addressable_bytes, is_flat
-from headrace.transports.rows import Mask, Rows, batches, cut_rows, dense_strides, joined_spans, packed_bases
+from headrace.transports.rows import Mask, Rows, batches, cut_rows, joined_spans, packed_bases
 from headrace.transports.tcp_frames import (
     OPEN,
     READ,

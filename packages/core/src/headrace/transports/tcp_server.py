@@ -21,9 +21,10 @@ from headrace.errors import (
     PlanError,
     ProtocolError,
 )
+from headrace.geometry import dense_strides
 from headrace.plan import CopyTable
 from headrace.transports.program import CopyProgram
-from headrace.transports.rows import Rows, batches, cut_rows, dense_strides, joined_spans, packed_bases
+from headrace.transports.rows import Rows, batches, cut_rows, joined_spans, packed_bases
 from headrace.transports.tcp_frames import (
     OPEN,
     READ,
