@@ -109,7 +109,7 @@ def _install_wheels(session: nox.Session, *folders: str) -> None:
     """Build packages and install nothing but them; what they need is there already, as the engine wants it."""
     with tempfile.TemporaryDirectory() as folder:
         for package in folders:
-            session.run("python", "-m", "build", "--wheel", "--outdir", folder, f"packages/{package}", silent=True)
+            session.run_install("python", "-m", "build", "--wheel", "-o", folder, f"packages/{package}", silent=True)
         wheels = sorted(str(wheel) for wheel in Path(folder).glob("*.whl"))
         session.install("--no-deps", "--force-reinstall", *wheels)
 

@@ -14,6 +14,7 @@ from headrace.geometry import Box, RegionTable, contiguous_strides
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SourceRegion
 from headrace.segments.cuda import CudaSegment
+from headrace.store.single import SingleVersion
 from headrace.store.store import Progress, PublishedVersion
 from headrace.types import ParamMeta, ParamTable, dtype_code
 
@@ -73,7 +74,7 @@ class DeviceSource:
         self.shards = ()
 
 
-class LentStore:
+class LentStore(SingleVersion[CudaSegment]):
     """Holds no version but what its source holds at the moment; has the calls of Store that a holder needs.
 
     Args:
@@ -82,16 +83,9 @@ class LentStore:
     """
 
     def __init__(self, source: DeviceSource, holder_name: str) -> None:
+        super().__init__(holder_name)
         self._source = source
-        self._name = holder_name
         self._salt = token_hex(16)
-        self._segments: tuple[CudaSegment, ...] = ()
-        self._published: PublishedVersion | None = None
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """The version that is lent, if any."""
-        return () if self._published is None else (self._published.version,)
 
     def publish(
         self,
@@ -105,9 +99,7 @@ class LentStore:
             LocalProtocolError: The version does not grow.
             ConfigError: A shard's memory cannot be lent.
         """
-        if self._published is not None and version <= self._published.version:
-            message = f"version {version} does not grow; holder {self._name} lends {self._published.version}"
-            raise LocalProtocolError(message, name=self._name, weight_version=version)
+        self._check_grows(version, max(self.versions, default=-1))
         begin = time.monotonic()
         for device in {shard.tensor.device for shard in self._source.shards}:
             torch.cuda.synchronize(device)
@@ -134,30 +126,6 @@ class LentStore:
             index = params.index_of(shard.meta.name) or 0
             rows.append((index, shard.box, len(found) - 1, address - found[-1].address, strides))
         return tuple(found), RegionTable.from_rows(rows, params.max_ndim)
-
-    def manifest(self, version: int, holder: HolderAddress) -> Manifest:
-        """Return the manifest of the version under the holder's address.
-
-        Raises:
-            LocalProtocolError: It is not lent.
-        """
-        found = self._find(version).manifest
-        return Manifest(holder, version, found.params, found.segments, found.regions)
-
-    def segments(self, version: int) -> tuple[CudaSegment, ...]:
-        """Return the allocations, in the manifest's order."""
-        self._find(version)
-        return self._segments
-
-    def tensors(self, version: int) -> list[torch.Tensor]:
-        """Return the bytes of each allocation."""
-        return [segment.tensor for segment in self.segments(version)]
-
-    def _find(self, version: int) -> PublishedVersion:
-        if self._published is None or self._published.version != version:
-            message = f"holder {self._name} does not lend version {version}"
-            raise LocalProtocolError(message, name=self._name, weight_version=version)
-        return self._published
 
     def release(self, version: int) -> None:
         """Stop lending a version; idempotent."""

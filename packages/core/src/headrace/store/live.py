@@ -11,8 +11,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
-
 from headrace.config import Deadlines
 from headrace.errors import HeadraceError, LocalProtocolError, TransferTimeoutError
 from headrace.geometry import RegionTable
@@ -21,6 +19,7 @@ from headrace.protocols import SourceRegion, SteppedSource
 from headrace.segments import HostSegment, Lender
 from headrace.segments.pinning import PinnedRange
 from headrace.store.layout import SEGMENT_BYTES, Layout, Slot
+from headrace.store.single import SingleVersion
 from headrace.store.store import Progress, PublishedVersion
 from headrace.types import ParamTable
 
@@ -29,7 +28,7 @@ _MAX_THREADS = 4
 _TICK_S = 0.1
 
 
-class LiveStore:
+class LiveStore(SingleVersion[HostSegment]):
     """Places a version, then fills it with the weights of one step; has the calls of Store that a holder needs.
 
     Its segments are the only copy, taken over by every version: nobody may read one when the next is filled, which is
@@ -52,21 +51,14 @@ class LiveStore:
         lender: Lender | None = None,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
+        super().__init__(holder_name)
         self._source = source
-        self._name = holder_name
         self._lender = lender
         self._segment_bytes = segment_bytes
         self._layout: Layout | None = None
         self._regions = RegionTable.empty()
-        self._segments: tuple[HostSegment, ...] = ()
         self._pinned: list[PinnedRange] = []
-        self._published: PublishedVersion | None = None
         self._newest = -1
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """The version that is placed, if any."""
-        return () if self._published is None else (self._published.version,)
 
     def publish(
         self,
@@ -80,9 +72,7 @@ class LiveStore:
             LocalProtocolError: The version does not grow beyond those that were filled.
             CapacityError: Not enough host memory.
         """
-        if version <= self._newest:
-            message = f"version {version} does not grow; holder {self._name} has made {self._newest}"
-            raise LocalProtocolError(message, name=self._name, weight_version=version)
+        self._check_grows(version, self._newest)
         layout = self._place()
         descriptors = tuple(segment.descriptor for segment in self._segments)
         manifest = Manifest(HolderAddress(self._name), version, layout.params, descriptors, self._regions)
@@ -152,29 +142,6 @@ class LiveStore:
         if slot.num_bytes:
             place = self._segments[slot.segment].tensor[slot.begin : slot.begin + slot.num_bytes]
             self._source.read(SourceRegion(slot.region.name, slot.region.box), place.numpy().data)
-
-    def manifest(self, version: int, holder: HolderAddress) -> Manifest:
-        """Return the manifest of the version under the holder's address.
-
-        Raises:
-            LocalProtocolError: It is not placed.
-        """
-        return replace(self._find(version).manifest, holder=holder)
-
-    def segments(self, version: int) -> tuple[HostSegment, ...]:
-        """Return the segments, in the manifest's order; the store's to close."""
-        self._find(version)
-        return self._segments
-
-    def tensors(self, version: int) -> list[torch.Tensor]:
-        """Return the bytes of each segment."""
-        return [segment.tensor for segment in self.segments(version)]
-
-    def _find(self, version: int) -> PublishedVersion:
-        if self._published is None or self._published.version != version:
-            message = f"holder {self._name} does not hold version {version}"
-            raise LocalProtocolError(message, name=self._name, weight_version=version)
-        return self._published
 
     def release(self, version: int) -> None:
         """Forget a version that came to nothing, so that its number can be used again; idempotent."""
