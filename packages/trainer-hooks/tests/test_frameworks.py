@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,12 @@ pytest.importorskip("transformers", reason="trainers and the embedded engine nee
 pytest.importorskip("accelerate", reason="the session `trainers` of nox installs Accelerate")
 
 import torch
-from trainer_world import ODD, batch, compare, join, load, optimizer_of
+from framework_runs import FLOAT, examples, gathered, hugging_face
+from trainer_world import ODD, batch, compare, join, join_by_environment, load, optimizer_of
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
 from headrace.testing.tiny_model import make_tiny_qwen3
-
-FLOAT = torch.float32
 
 
 @pytest.fixture(scope="module")
@@ -31,59 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Iterator[EngineProcess]:
     with EngineProcess(folder, 1, "--dtype", "float32") as made:
         yield made
-
-
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()}
-
-
-def examples(count: int) -> list[dict[str, torch.Tensor]]:
-    rows = [batch(number, 0)[0] for number in range(count)]
-    return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def hugging_face(folder: Path, out: Path, url: str, **options: Any) -> tuple[Any, Any, list[str]]:
-    """Train with a Trainer for three steps; returns it, its callback, and what was wrong after any step."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from headrace_trainers.transformers import attach
-
-    found: list[str] = []
-
-    class Compare(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            whole = gathered(kwargs["model"])
-            if args.process_index == 0:
-                dtype = next(iter(whole.values())).dtype
-                found.extend(f"step {state.global_step}: {one}" for one in compare(url, whole, dtype, FLOAT))
-
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        **options,
-    )
-    trainer = Trainer(load(folder), arguments, train_dataset=examples(24), callbacks=[Compare()])
-    callback = attach(trainer, to=f"torch={url}", mode="wait", on_error="raise")
-    trainer.train()
-    return trainer, callback, found
-
-
-def gathered(model: Any) -> dict[str, torch.Tensor]:
-    parameters = list(model.parameters())
-    if not hasattr(parameters[0], "ds_tensor"):
-        return weights(model)
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters):
-        return weights(model)
 
 
 def hf_alone(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
@@ -99,12 +46,8 @@ def test_trainer_of_hugging_face(engine: EngineProcess, folder: Path, tmp_path: 
 
 
 def hf_zero(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path, stage: int) -> None:
-    import os
-
-    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size)}
-    torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    join_by_environment(rank, world_size, port)
     config = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -127,9 +70,7 @@ def test_trainer_of_hugging_face_with_deepspeed(
 
 
 def with_accelerate(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path) -> None:
-    import os
-
-    os.environ |= {"ACCELERATE_USE_CPU": "true"}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     join(rank, world_size, port)
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
@@ -165,7 +106,7 @@ def with_accelerate(rank: int, world_size: int, port: int, url: str, folder: Pat
                 optimizer.zero_grad()
             assert hook.step == number // 2
             if rank == 0 and number % 2 == 0:
-                assert compare(url, weights(model), FLOAT, FLOAT) == []
+                assert compare(url, gathered(model), FLOAT, FLOAT) == []
     assert rank or [entry["headrace/step"] for entry in logged] == [1, 2]
 
 
@@ -197,7 +138,7 @@ def with_lightning(_rank: int, _world_size: int, url: str, folder: Path, out: Pa
 
         def on_train_batch_end(self, _outputs: Any, _rows: Any, number: int) -> None:
             if number % 2:
-                found.extend(compare(url, weights(self.model), FLOAT, FLOAT))
+                found.extend(compare(url, gathered(self.model), FLOAT, FLOAT))
 
     callback = HeadraceCallback(f"torch={url}", prefix="model.", mode="wait", on_error="raise")
     logger = CSVLogger(str(out), flush_logs_every_n_steps=1)

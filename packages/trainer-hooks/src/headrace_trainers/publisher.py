@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from headrace.config import EngineTarget
 from headrace.errors import HeadraceError, LocalProtocolError
-from headrace.protocols import EngineControl
 from headrace.registry import engine_control
 from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
@@ -123,25 +122,18 @@ class Publisher:
         if len(targets) == 1:
             return targets
         with ThreadPoolExecutor(len(targets), "headrace-probe") as pool:
-            errors = list(pool.map(self._probe, targets))
-        for target, error in zip(targets, errors, strict=True):
-            if error is not None:
-                failures[_address(target)] = error
-        return [target for target, error in zip(targets, errors, strict=True) if error is None]
+            errors = list(zip(targets, pool.map(self._probe, targets), strict=True))
+        failures |= {_address(target): error for target, error in errors if error is not None}
+        return [target for target, error in errors if error is None]
 
     def _probe(self, target: Target) -> str | None:
-        own = isinstance(target, str | EngineTarget)
-        control: EngineControl | None = None
+        control = engine_control(target) if isinstance(target, str | EngineTarget) else target
         try:
-            if isinstance(target, str):
-                control = engine_control(EngineTarget(target))
-            else:
-                control = engine_control(target) if isinstance(target, EngineTarget) else target
             control.wait_ready(self._settings.update.deadlines.ready_s)
         except HeadraceError as error:
             return f"{type(error).__name__}: {error}"
         finally:
-            if own and control is not None:
+            if control is not target:
                 control.close()
         return None
 
@@ -156,6 +148,4 @@ class Publisher:
 
 
 def _address(target: Target) -> str:
-    if isinstance(target, str):
-        return target
-    return target.address
+    return target if isinstance(target, str) else target.address

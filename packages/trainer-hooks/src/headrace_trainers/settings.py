@@ -8,12 +8,14 @@ from typing import Literal, get_args
 
 from headrace.config import Deadlines, EngineTarget, UpdateSettings
 from headrace.errors import ConfigError
-from headrace.protocols import EngineControl
+from headrace.registry import engine_control
 from headrace.report import UpdateReport
+from headrace.server.parameter_server import Target
+
+__all__ = ["HOOK_UPDATE", "HookSettings", "ReportCallback", "StepReport", "Target"]
 
 Mode = Literal["wait", "background"]
 OnError = Literal["raise", "warn"]
-Target = str | EngineTarget | EngineControl
 
 HOOK_UPDATE = UpdateSettings(deadlines=Deadlines(ready_s=5.0, read_s=600.0))
 """A step does not wait long for an engine that is down."""
@@ -90,6 +92,9 @@ class HookSettings:
             raise ConfigError(f"every is {self.every}; the least is 1", name="every")
         if not self.to:
             raise ConfigError("a hook needs at least one engine", name="to")
+        for target in self.to:
+            if isinstance(target, str | EngineTarget):
+                engine_control(target).close()  # dials nobody; a wrong address is told of now
 
     @classmethod
     def of(cls, to: Target | Sequence[Target], **choices: object) -> HookSettings:
@@ -97,6 +102,7 @@ class HookSettings:
 
         Raises:
             ConfigError: A choice makes no sense; names it.
+            BackendUnavailableError: No such engine is installed.
         """
         known = set(cls.__dataclass_fields__)
         if unknown := sorted(choices.keys() - known):

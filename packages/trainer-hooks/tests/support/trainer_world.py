@@ -42,10 +42,15 @@ class Trainer:
 
 def join(rank: int, world_size: int, port: int) -> None:
     """Meet the other ranks over gloo."""
+    join_by_environment(rank, world_size, port)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+
+
+def join_by_environment(rank: int, world_size: int, port: int) -> None:
+    """Set what launchers set, for frameworks that make the process group themselves."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

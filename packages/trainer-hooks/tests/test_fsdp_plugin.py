@@ -1,0 +1,88 @@
+"""FSDP where Accelerate and the Trainer of Hugging Face apply it, by Accelerate's plug-in, into a real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="trainers and the embedded engine need transformers")
+pytest.importorskip("accelerate", reason="the session `trainers` of nox installs Accelerate")
+
+import torch
+from framework_runs import FLOAT, allow_fsdp_on_cpu, gathered, hugging_face
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from trainer_world import ODD, batch, compare, join_by_environment, load, optimizer_of
+
+from headrace.testing.engine_process import EngineProcess, free_port
+from headrace.testing.ranks import run_ranks
+from headrace.testing.tiny_model import make_tiny_qwen3
+
+LAYER = "Qwen3DecoderLayer"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[EngineProcess]:
+    with EngineProcess(folder, 1, "--dtype", "float32") as made:
+        yield made
+
+
+def with_accelerate(rank: int, world_size: int, port: int, url: str, folder: Path, version: int) -> None:
+    join_by_environment(rank, world_size, port)
+    allow_fsdp_on_cpu()
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    from headrace_trainers.accelerate import attach
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[LAYER]
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=2)
+    model = load(folder)
+    if version == 1:  # Accelerate's own rule: the optimizer is made of what is wrapped
+        model = accelerator.prepare(model)
+        optimizer = accelerator.prepare(optimizer_of(model))
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer_of(model))
+    assert isinstance(model, FSDPModule if version == 2 else FullyShardedDataParallel)
+    with attach(accelerator, model, optimizer, to=f"torch={url}", mode="wait", on_error="raise") as hook:
+        for number in range(1, 5):
+            with accelerator.accumulate(model):
+                tokens = batch(number, rank)
+                accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert hook.step == number // 2
+            whole = gathered(model)
+            if rank == 0 and number % 2 == 0:
+                assert compare(url, whole, FLOAT, FLOAT) == []
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("version", [1, 2])
+def test_accelerate(engine: EngineProcess, folder: Path, version: int) -> None:
+    run_ranks(with_accelerate, 2, 100, free_port(), engine.url, folder, version)
+
+
+def with_trainer(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path, bf16: bool) -> None:
+    join_by_environment(rank, world_size, port)
+    config = {"version": 2, "transformer_layer_cls_to_wrap": [LAYER]}
+    options = {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo", "bf16": bf16}
+    trainer, _, found = hugging_face(folder, out / str(rank), url, gradient_accumulation_steps=2, **options)
+    assert isinstance(trainer.model, FSDPModule)
+    assert next(trainer.model.parameters()).dtype == torch.float32
+    assert found == []
+    logged = [entry["headrace/step"] for entry in trainer.state.log_history if "headrace/version" in entry]
+    assert rank or logged == [1, 2, 3]
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "computing in bfloat16"])
+def test_trainer_of_hugging_face(engine: EngineProcess, folder: Path, tmp_path: Path, bf16: bool) -> None:
+    run_ranks(with_trainer, 2, 100, free_port(), engine.url, folder, tmp_path, bf16)
