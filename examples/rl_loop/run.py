@@ -3,7 +3,7 @@
     pip install headrace[engine,plot] headrace-trainers
     python examples/rl_loop/run.py                          # FSDP2 and the embedded engine
     python examples/rl_loop/run.py --framework deepspeed    # ZeRO-3
-    python examples/rl_loop/run.py --engine vllm=http://127.0.0.1:8000 --model DIR   # a vLLM that serves DIR
+    python examples/rl_loop/run.py --engine vllm=http://127.0.0.1:8000 --model DIR   # see README.md beside this
 
 The policy learns to speak of water: the reward is the share of tokens that begin such a word. Every rollout comes from
 the policy of the last step, as the step returns when the engine serves its weights.
@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from headrace.testing.engine_process import EngineProcess
-from headrace.testing.tiny_model import make_tiny_qwen3
+from headrace.testing.tiny_model import TinySize, make_tiny_qwen3
+
+SIZE = TinySize(head_dim=32)  # what attention kernels of engines take
 
 
 def train(model: Path, engine: str, out: Path, chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -60,11 +62,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--engine", help="ENGINE=URL that serves --model; default: an embedded engine.")
     parser.add_argument("--model", type=Path, help="Checkpoint to start from; default: a random tiny Qwen3.")
+    parser.add_argument("--write-model", type=Path, metavar="DIR", help="Write that tiny Qwen3, and do nothing else.")
     parser.add_argument("--plot", type=Path, default=Path("reward.png"))
     chosen = parser.parse_args()
+    if chosen.write_model:
+        make_tiny_qwen3(chosen.write_model, 3, size=SIZE)
+        return
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = chosen.model or make_tiny_qwen3(scratch / "model", 3)
+        model = chosen.model or make_tiny_qwen3(scratch / "model", 3, size=SIZE)
         engine = chosen.engine or stack.enter_context(EngineProcess(model, 1, "--dtype", "float32")).target
         lines = train(model, engine, scratch / "steps.jsonl", chosen)
     plot(lines, chosen.plot)
