@@ -19,20 +19,11 @@ if importlib.util.find_spec("vllm") is None:
 
 from checkpoints import checkpoints_of  # noqa: E402
 from engine_suite import EngineSuite  # noqa: E402
+from folders import socket_dir  # noqa: E402, F401 - a fixture of this module
 from oracle import Oracle  # noqa: E402
 from vllm_server import VllmServer  # noqa: E402
 
 pytestmark = pytest.mark.timeout(480)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def socket_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Set the socket folder for this process and the servers that it starts."""
-    folder = tmp_path_factory.mktemp("s")
-    folder.chmod(0o700)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADRACE_SOCKET_DIR", str(folder))
-        yield
 
 
 @pytest.fixture(scope="class")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ sys.path[:0] = [
     str(Path(__file__).parents[3] / "tests" / "engines" / "support"),
 ]
 
+from children import run_child  # noqa: E402 - found there
 from prompts import PROMPT, RunOffline  # noqa: E402 - found there
 from sglang_server import environment  # noqa: E402
 
@@ -49,17 +48,13 @@ def run_offline(tmp_path: Path) -> RunOffline:
         variables: dict[str, str] | None = None,
         **engine: object,
     ) -> list[dict[str, Any]]:
-        spec, out = tmp_path / "spec.json", tmp_path / "out.json"
         told = {"checkpoints": [str(c) for c in checkpoints], "prompt": PROMPT, "num_tokens": num_tokens}
-        spec.write_text(json.dumps(told | {"verify": verify, "cache": cache, "engine": engine}))
-        command = [sys.executable, str(SUPPORT / "offline_child.py"), str(spec), str(out)]
+        told |= {"verify": verify, "cache": cache, "engine": engine}
         workers = int(engine.get("tp_size", 1)) * int(engine.get("dp_size", 1))  # type: ignore[call-overload]
-        done = subprocess.run(
-            command, env=environment(workers) | (variables or {}), capture_output=True, text=True, timeout=170,
-            check=False,
-        )  # fmt: skip
-        assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+        variables_of_all = environment(workers) | (variables or {})
+        results: list[dict[str, Any]] = run_child(
+            SUPPORT / "offline_child.py", told, tmp_path, variables_of_all
+        )["results"]
         return results
 
     return run

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import checkpoints_of
+from children import run_child
 from oracle import Oracle
 from prompts import PROMPT, RunOffline
 from sglang_server import environment
@@ -43,15 +41,8 @@ def test_engines_of_two_schedulers(parallel: str, run_offline: RunOffline, tmp_p
 
 def test_a_request_of_an_engine_in_an_event_loop_goes_on(tmp_path: Path) -> None:
     made = checkpoints_of("llama", tmp_path)
-    spec, out = tmp_path / "spec.json", tmp_path / "out.json"
     told = {"checkpoints": [str(made["a"]), str(made["b"])], "prompt": PROMPT, "num_tokens": 450}
-    spec.write_text(json.dumps(told))
-    command = [sys.executable, str(SUPPORT / "async_child.py"), str(spec), str(out)]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
-    assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    result = json.loads(out.read_text())
+    result = run_child(SUPPORT / "async_child.py", told, tmp_path, environment())
     assert result["version"] == result["served"] == 1
     names = {"default": "a", "1": "b"}
     said = [(PROMPT, answer, [names[v] for v in answer["versions"]]) for answer in result["answers"]]

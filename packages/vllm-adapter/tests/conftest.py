@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,9 @@ import pytest
 SUPPORT = Path(__file__).parent / "support"
 sys.path[:0] = [str(SUPPORT), str(Path(__file__).parents[3] / "tests" / "engines" / "support")]
 
-from prompts import PROMPT, RunOffline  # noqa: E402 - found there
+from children import run_child  # noqa: E402 - found there
+from prompts import PROMPT, RunOffline  # noqa: E402
+from vllm_variables import QUIET  # noqa: E402
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NEED_VLLM = ["test_drafts.py", "test_families.py", "test_offline.py", "test_server.py", "test_workers.py"]
@@ -43,24 +43,11 @@ def run_offline(tmp_path: Path) -> RunOffline:
         lora: Path | None = None,
         **engine: object,
     ) -> list[dict[str, Any]]:
-        spec, out = tmp_path / "spec.json", tmp_path / "out.json"
         told = {"checkpoints": [str(c) for c in checkpoints], "prompt": PROMPT, "num_tokens": num_tokens}
-        spec.write_text(
-            json.dumps(told | {"unpacked": unpacked, "engine": engine, "lora": lora and str(lora)})
-        )
-        quiet = {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-        }
-        quiet["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        command = [sys.executable, str(SUPPORT / "offline_child.py"), str(spec), str(out)]
-        done = subprocess.run(
-            command, env=os.environ | quiet, capture_output=True, text=True, timeout=170, check=False
-        )
-        assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        results: list[dict[str, Any]] = json.loads(out.read_text())["results"]
+        told |= {"unpacked": unpacked, "engine": engine, "lora": lora and str(lora)}
+        results: list[dict[str, Any]] = run_child(
+            SUPPORT / "offline_child.py", told, tmp_path, os.environ | QUIET
+        )["results"]
         return results
 
     return run

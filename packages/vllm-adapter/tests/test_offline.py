@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from checkpoints import checkpoints_of, make_adapter, merge_adapter
+from children import run_child
 from oracle import Oracle
 from prompts import PROMPT, RunOffline
+from vllm_variables import QUIET
 
 from headrace.errors import ConfigError
 from headrace_vllm import attach
@@ -53,21 +52,8 @@ def test_adapters_stay_when_their_base_changes(
 
 def test_a_request_of_an_async_engine_goes_on(tmp_path: Path) -> None:
     made = checkpoints_of("llama", tmp_path)
-    spec, out = tmp_path / "spec.json", tmp_path / "out.json"
     told = {"checkpoints": [str(made["a"]), str(made["b"])], "prompt": PROMPT, "num_tokens": 450}
-    spec.write_text(json.dumps(told))
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, str(SUPPORT / "async_child.py"), str(spec), str(out)]
-    done = subprocess.run(
-        command, env=os.environ | quiet, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    result = json.loads(out.read_text())
+    result = run_child(SUPPORT / "async_child.py", told, tmp_path, os.environ | QUIET)
     assert result["version"] == result["served"] == 1
     names = {"default": "a", "1": "b"}
     said = [(PROMPT, answer, [names[v] for v in answer["versions"]]) for answer in result["answers"]]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from children import update_while_answering
 from sglang_server import SMALL, answer_of
 
 
@@ -17,14 +18,13 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
     import sglang
 
     import headrace_sglang
-    from headrace.server.parameter_server import ParameterServer
 
     engine = sglang.Engine(model_path=spec["checkpoints"][0], **SMALL, log_level="error")
     control = headrace_sglang.attach(engine)
     sampling = {"temperature": 0.0, "max_new_tokens": spec["num_tokens"], "ignore_eos": True}
-    begun, done = asyncio.Event(), asyncio.Event()
+    begun = asyncio.Event()
 
-    async def ask() -> dict[str, Any]:
+    async def ask(_number: int) -> dict[str, Any]:
         stream = await engine.async_generate(
             input_ids=spec["prompt"], sampling_params=sampling, return_logprob=True, stream=True
         )
@@ -33,21 +33,9 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
             last = out
         return answer_of(last)
 
-    async def keep_asking() -> list[dict[str, Any]]:
-        answers = []
-        while not done.is_set():
-            answers.append(await ask())
-        return answers
-
-    requests = asyncio.create_task(keep_asking())
-    await begun.wait()
-    with ParameterServer(spec["checkpoints"][1]) as server:
-        report = await asyncio.to_thread(server.update, control)
-    done.set()
-    answers = await requests
-    served = await asyncio.to_thread(control.served_version, 10.0)
+    result = await update_while_answering(control, spec["checkpoints"][1], ask, begun)
     engine.shutdown()
-    return {"answers": answers, "version": report.version, "served": served}
+    return result
 
 
 if __name__ == "__main__":

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-import httpx
+from typing import Any
 
 from headrace.testing.engine_process import free_port
+from headrace.testing.server_process import ServerProcess
 
 START_S = 170.0
 SUPPORT = Path(__file__).parent
@@ -55,7 +49,7 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-class SglangServer:
+class SglangServer(ServerProcess):
     """One server; ready when constructed. Use as a context.
 
     Args:
@@ -83,24 +77,15 @@ class SglangServer:
         variables: Mapping[str, str] | None = None,
         key: str = "",
     ) -> None:
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.target = f"sglang={self.url}"
-        self.log = log
+        port = port or free_port()
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), *flags(SMALL), *options]
+        command += ["--host", "127.0.0.1", "--port", str(port), *flags(SMALL), *options]
         command += ["--api-key", key] if key else []
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment(workers) | dict(variables or {}),
-                start_new_session=True,
-            )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False, headers=headers)
-        self._wait_ready()
+        known = environment(workers) | dict(variables or {})
+        super().__init__(command, port, environment=known, log=log, headers=headers, own_session=True)
+        self.target = f"sglang={self.url}"
+        self.wait_ready(START_S)
 
     def generate(self, prompt: list[int], max_tokens: int, **sampling: Any) -> dict[str, Any]:
         """Return one greedy answer: `tokens`, `logprobs`, and the version of every token."""
@@ -115,36 +100,10 @@ class SglangServer:
         """Return SGLang's own weight version."""
         return str(self.client.get("/model_info").json()["weight_version"])
 
-    def kill(self) -> None:
-        """SIGKILL all its processes."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(20)
-
     def close(self) -> None:
-        """End it; idempotent."""
-        self.client.close()
+        """End it at once: told to end, it waits for its requests; idempotent."""
         self.kill()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _wait_ready(self) -> None:
-        limit = time.monotonic() + START_S
-        while time.monotonic() < limit and self.process.poll() is None:
-            try:
-                if self.client.get("/health").is_success:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        self.close()
-        message = f"SGLang did not start; the end of its log:\n{self.log.read_text(errors='replace')[-4000:]}"
-        raise RuntimeError(message)
+        super().close()
 
 
 def answer_of(out: Mapping[str, Any]) -> dict[str, Any]:

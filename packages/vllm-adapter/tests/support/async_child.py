@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from children import update_while_answering
+
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"}
 
 
@@ -18,7 +20,6 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     import headrace_vllm
-    from headrace.server.parameter_server import ParameterServer
 
     arguments = AsyncEngineArgs(
         model=spec["checkpoints"][0],
@@ -31,7 +32,7 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
     llm = AsyncLLM.from_engine_args(arguments)
     control = headrace_vllm.attach(llm)
     sampling = SamplingParams(temperature=0, max_tokens=spec["num_tokens"], ignore_eos=True, logprobs=1)
-    begun, done = asyncio.Event(), asyncio.Event()
+    begun = asyncio.Event()
 
     async def ask(number: int) -> dict[str, Any]:
         async for out in llm.generate({"prompt_token_ids": spec["prompt"]}, sampling, f"r{number}"):
@@ -43,21 +44,9 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
         logprobs = [last.logprobs[i][t].logprob for i, t in enumerate(last.token_ids)]
         return {"tokens": list(last.token_ids), "logprobs": logprobs, "versions": versions}
 
-    async def keep_asking() -> list[dict[str, Any]]:
-        answers = []
-        while not done.is_set():
-            answers.append(await ask(len(answers)))
-        return answers
-
-    requests = asyncio.create_task(keep_asking())
-    await begun.wait()
-    with ParameterServer(spec["checkpoints"][1]) as server:
-        report = await asyncio.to_thread(server.update, control)
-    done.set()
-    answers = await requests
-    served = await asyncio.to_thread(control.served_version, 10.0)
+    result = await update_while_answering(control, spec["checkpoints"][1], ask, begun)
     llm.shutdown()
-    return {"answers": answers, "version": report.version, "served": served}
+    return result
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import time
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import httpx
+from vllm_variables import QUIET
 
 from headrace.testing.engine_process import free_port
+from headrace.testing.server_process import ServerProcess
 
 
 def find_version() -> str:
@@ -26,14 +23,6 @@ def find_version() -> str:
 START_S = 150.0
 SUPPORT = Path(__file__).parent
 TRANSFER = '{"backend":"headrace"}'
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-}
 INSTALLED = tuple(int(part) for part in find_version().split(".")[:2])
 REPORTS_VERSIONS = INSTALLED >= (0, 32)
 """Whether this vLLM tells which weights each token is of."""
@@ -48,7 +37,7 @@ SMALL = (
 )
 
 
-class VllmServer:
+class VllmServer(ServerProcess):
     """One server; ready when constructed. Use as a context.
 
     Args:
@@ -71,10 +60,7 @@ class VllmServer:
         dev_mode: bool = True,
         port: int | None = None,
     ) -> None:
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.target = f"vllm={self.url}"
-        self.log = log
+        port = port or free_port()
         doors = (
             ("--worker-extension-cls", "headrace_vllm.WorkerExtension")
             if extension
@@ -82,28 +68,13 @@ class VllmServer:
         )
         doors += ("--worker-extension-cls", "nopack.Unpacked") if unpacked else ()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += [
-            "--served-model-name",
-            "m",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            *SMALL,
-            *(("--enable-scale-out",) if REPORTS_VERSIONS else ()),
-            *doors,
-            *options,
-        ]
+        command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), *SMALL]
+        command += [*(("--enable-scale-out",) if REPORTS_VERSIONS else ()), *doors, *options]
         path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
-        environment = (
-            os.environ | QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
-        )
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
-        self._wait_ready()
+        variables = QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
+        super().__init__(command, port, environment=os.environ | variables, log=log, own_session=True)
+        self.target = f"vllm={self.url}"
+        self.wait_ready(START_S)
 
     def generate(self, prompt: list[int], max_tokens: int, **sampling: Any) -> dict[str, Any]:
         """Return one greedy answer: `tokens`, `logprobs`, and the version of every token."""
@@ -123,43 +94,3 @@ class VllmServer:
         if not REPORTS_VERSIONS:
             return ""
         return str(self.client.get("/weight_info").json()["weight_version"])
-
-    def kill(self) -> None:
-        """SIGKILL all its processes."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(20)
-
-    def close(self) -> None:
-        """End it; idempotent."""
-        self.client.close()
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _wait_ready(self) -> None:
-        limit = time.monotonic() + START_S
-        while time.monotonic() < limit and self.process.poll() is None:
-            try:
-                if self.client.get("/health").is_success:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        self.close()
-        message = f"vLLM did not start; the end of its log:\n{self.log.read_text(errors='replace')[-4000:]}"
-        raise RuntimeError(message)

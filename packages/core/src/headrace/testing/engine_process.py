@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,14 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 from headrace.errors import ConnectError, RemoteProtocolError
-
-START_S = 120.0
-_STOP_S = 20.0
-_ANSWER_S = 60.0
-_LOG_LINES = 15
+from headrace.testing.server_process import ServerProcess
 
 
-class EngineProcess:
+class EngineProcess(ServerProcess):
     """An embedded engine with an HTTP server, ready when constructed. Use as a context.
 
     Args:
@@ -42,7 +36,6 @@ class EngineProcess:
         log: File that takes what the engine writes; None lets its errors through to the terminal.
 
     Attributes:
-        url: Its base URL.
         target: What `--to` and `ParameterServer.update` take.
     """
 
@@ -56,37 +49,13 @@ class EngineProcess:
         port: int | None = None,
         log: Path | None = None,
     ) -> None:
-        self._log = log
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.target = f"torch={self.url}"
+        port = port or free_port()
         command = [sys.executable, "-m", "headrace", "engine", "--model", str(model), "--tp", str(tp)]
-        with log.open("wb") if log else contextlib.nullcontext(subprocess.DEVNULL) as output:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), *options],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if log else None,
-                env=os.environ | _quiet() | (environment or {}),
-            )
-        self._client = httpx.Client(base_url=self.url, timeout=_ANSWER_S, trust_env=False)
+        variables = os.environ | _quiet() | (environment or {})
+        super().__init__([*command, "--port", str(port), *options], port, environment=variables, log=log)
+        self.target = f"torch={self.url}"
         if wait:
             self.wait_ready()
-
-    def wait_ready(self, deadline_s: float = START_S) -> None:
-        """Wait until it answers requests.
-
-        Raises:
-            ConnectError: It ended, or is not ready within the deadline; holds the end of its log.
-        """
-        limit = time.monotonic() + deadline_s
-        while not self._is_ready():
-            ended = self.process.poll()
-            if ended is not None or time.monotonic() > limit:
-                self.close()
-                what = f"was not ready within {deadline_s:g} s" if ended is None else f"left with exit code {ended}"
-                raise self._broken(what)
-            time.sleep(0.05)
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON answer of one of the engine's pages.
@@ -96,7 +65,7 @@ class EngineProcess:
             RemoteProtocolError: It refuses.
         """
         try:
-            response = self._client.get(path)
+            response = self.client.get(path)
             response.raise_for_status()
             return dict(response.json())
         except httpx.HTTPStatusError as error:
@@ -107,7 +76,7 @@ class EngineProcess:
 
     def health(self) -> dict[str, Any]:
         """Return what `/health` says, also where the engine has failed."""
-        return dict(self._client.get("/health").json())
+        return dict(self.client.get("/health").json())
 
     def status(self) -> dict[str, Any]:
         """Return what `/headrace/status` says."""
@@ -127,35 +96,6 @@ class EngineProcess:
     def kill_worker(self, rank: int) -> None:
         """SIGKILL one worker."""
         os.kill(self.worker_pids()[rank], signal.SIGKILL)
-
-    def close(self) -> None:
-        """End it; idempotent."""
-        self._client.close()
-        self.process.terminate()
-        try:
-            self.process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _is_ready(self) -> bool:
-        try:
-            return self._client.get("/health").is_success
-        except httpx.HTTPError:
-            return False
-
-    def _broken(self, what: str) -> ConnectError:
-        tail = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log else []
-        ending = ["; its log ends with:", *tail] if tail else [""]
-        return ConnectError(f"the engine at {self.url} {what}" + "\n".join(ending), name=self.url)
 
 
 def _quiet() -> dict[str, str]:

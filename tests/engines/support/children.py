@@ -1,0 +1,60 @@
+"""Engines in a Python process of their own: how a test runs one, and what one in an event loop does there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.protocols import EngineControl
+from headrace.server.parameter_server import ParameterServer
+
+
+def run_child(
+    script: Path, spec: Mapping[str, Any], folder: Path, environment: Mapping[str, str], timeout_s: float = 170.0
+) -> dict[str, Any]:
+    """Run `python SCRIPT SPEC.json OUT.json` and return what it wrote, whatever its exit code; it finds this module."""
+    told, out = folder / "spec.json", folder / "out.json"
+    told.write_text(json.dumps(spec))
+    path = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(Path(__file__).parent))))
+    done = subprocess.run(
+        [sys.executable, str(script), str(told), str(out)],
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    made: dict[str, Any] = json.loads(out.read_text())
+    return made
+
+
+async def update_while_answering(
+    control: EngineControl,
+    checkpoint: str,
+    ask: Callable[[int], Awaitable[dict[str, Any]]],
+    begun: asyncio.Event,
+) -> dict[str, Any]:
+    """Ask again and again while an update is made; one request is in flight over it, once `begun` is set."""
+    done = asyncio.Event()
+
+    async def keep_asking() -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = []
+        while not done.is_set():
+            answers.append(await ask(len(answers)))
+        return answers
+
+    requests = asyncio.create_task(keep_asking())
+    await begun.wait()
+    with ParameterServer(checkpoint) as server:
+        report = await asyncio.to_thread(server.update, control)
+    done.set()
+    answers = await requests
+    served = await asyncio.to_thread(control.served_version, 10.0)
+    return {"answers": answers, "version": report.version, "served": served}
