@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,14 @@ class Section:
             *("| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows)),
         ]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+
+def print_sections(about: str | None, sections: Callable[[int], Iterable[Section]], repeats: int) -> None:
+    """Be a benchmark's command: take `--repeats` and print its tables."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    for section in sections(parser.parse_args().repeats):
+        section.show(Console(width=160))
 
 
 def commit_seconds(report: UpdateReport) -> float:

@@ -6,15 +6,12 @@ while it generates.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks._common import WARM_UPS, Section, Spread, Step, progress
+from benchmarks._common import WARM_UPS, Section, Spread, Step, print_sections, progress
 from benchmarks._models import NUM_WORKERS, TINY, make_tensors, worker_backend
 from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
@@ -96,13 +93,5 @@ def _phase(reports: list[UpdateReport], name: str) -> Spread:
     )
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    for section in sections(parser.parse_args().repeats):
-        section.show(Console(width=160))
-
-
 if __name__ == "__main__":
-    main()
+    print_sections(__doc__, sections, REPEATS)

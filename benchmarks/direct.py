@@ -5,12 +5,10 @@ Run as `python -m benchmarks.direct`. Workers are real processes; the ceiling is
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 
 from benchmarks._ceiling import PlainCopy
 from benchmarks._common import (
@@ -21,6 +19,7 @@ from benchmarks._common import (
     Step,
     commit_seconds,
     gb_per_s,
+    print_sections,
     progress,
     wait_for_quiet,
 )
@@ -170,13 +169,5 @@ def _growth_section(results: Sequence[Result]) -> Section:
     )
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    for section in sections(parser.parse_args().repeats):
-        section.show(Console(width=160))
-
-
 if __name__ == "__main__":
-    main()
+    print_sections(__doc__, sections, REPEATS)

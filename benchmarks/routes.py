@@ -5,13 +5,11 @@ Run as `python -m benchmarks.routes`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks._ceiling import PlainCopy
 from benchmarks._common import (
@@ -21,6 +19,7 @@ from benchmarks._common import (
     Spread,
     Step,
     commit_seconds,
+    print_sections,
     progress,
     wait_for_quiet,
 )
@@ -156,13 +155,5 @@ def _row(name: str, reports: Sequence[UpdateReport]) -> tuple[str, ...]:
     return (name, reports[0].verify, total.ms(), stage.ms(), stall.ms(), commit.ms())
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    for section in sections(parser.parse_args().repeats):
-        section.show(Console(width=160))
-
-
 if __name__ == "__main__":
-    main()
+    print_sections(__doc__, sections, REPEATS)
