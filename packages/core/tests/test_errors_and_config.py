@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 import headrace
 from headrace import errors
-from headrace.config import UpdateSettings, host_settings
+from headrace.config import UpdateSettings, cpu_set, host_settings
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
 from headrace.server.versions import next_version
 from headrace.telemetry import Recorder, chrome_trace
@@ -58,6 +59,12 @@ def test_the_environment_is_read_in_one_place() -> None:
     assert host.advertise_host == "127.0.0.1"
     with pytest.raises(ConfigError, match="HEADRACE_PERMITTED_UIDS"):
         host_settings({"HEADRACE_PERMITTED_UIDS": "root"})
+    assert host.mooncake_cpus is None
+    cpu = min(os.sched_getaffinity(0))
+    assert host_settings({"HEADRACE_MOONCAKE_CPUS": f"{cpu}-{cpu + 2},77"}).mooncake_cpus == {cpu, cpu + 1, cpu + 2, 77}
+    for wrong in ("", "a", "1-", "100000"):
+        with pytest.raises(ConfigError, match="--mooncake-cpus"):
+            cpu_set(wrong, "--mooncake-cpus")
 
 
 @pytest.mark.parametrize(

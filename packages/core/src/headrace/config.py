@@ -115,10 +115,37 @@ class HostSettings:
     recipe_cache: Path | None = None
 
 
+_CPUS = "HEADRACE_MOONCAKE_CPUS"
+
+
+def cpu_set(text: str, name: str) -> frozenset[int]:
+    """Return the CPUs of a list as `taskset -c` takes it, such as `0-3,8`.
+
+    Args:
+        text: The list.
+        name: The option or variable that it comes from, for the error.
+
+    Raises:
+        ConfigError: It is malformed, or this process may use none of them.
+    """
+    try:
+        ranges = [[int(end) for end in part.split("-", 1)] for part in text.split(",")]
+    except ValueError:
+        message = f"{name} is {text!r}; write CPUs as numbers and ranges, such as 0-3,8"
+        raise ConfigError(message, name=name) from None
+    cpus = frozenset(cpu for ends in ranges for cpu in range(ends[0], ends[-1] + 1))
+    permitted = os.sched_getaffinity(0)
+    if not cpus & permitted:
+        message = f"{name} is {text!r}, but this process may only use the CPUs {sorted(permitted)}"
+        raise ConfigError(message, name=name)
+    return cpus
+
+
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
     """Read the environment: the only place that does.
 
-    `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`, `HEADRACE_RECIPE_CACHE`.
+    `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`, `HEADRACE_RECIPE_CACHE`,
+    `HEADRACE_MOONCAKE_CPUS`.
 
     Raises:
         ConfigError: A value makes no sense; names the variable.
@@ -136,6 +163,7 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
         socket_dir=Path(env.get("HEADRACE_SOCKET_DIR") or default),
         permitted_uids=permitted,
         bind_host=bind,
+        mooncake_cpus=cpu_set(cpus, _CPUS) if (cpus := env.get(_CPUS)) else None,
         recipe_cache=Path(cache) if (cache := env.get("HEADRACE_RECIPE_CACHE")) else None,
         advertise_host=env.get("HEADRACE_ADVERTISE") or ("127.0.0.1" if bind in ("0.0.0.0", "*") else bind),  # noqa: S104
     )

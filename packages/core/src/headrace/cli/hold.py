@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli.console import format_bytes, print_json, stdout
-from headrace.cli.members import FromOptions, with_nics
+from headrace.cli.members import FromOptions, with_cpus, with_nics
 from headrace.cli.options import (
     Checkpoint,
 )
@@ -50,6 +50,7 @@ def hold(
         bool, typer.Option(help="Run Mooncake where others than this host can reach it.")
     ] = False,
     nics: FromOptions.Nics = None,
+    mooncake_cpus: FromOptions.MooncakeCpus = None,
     save_metas: Annotated[Path | None, typer.Option(help="Write how to join to this file.")] = None,
     partner: FromOptions.Partner = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print address and token as JSON.")] = False,
@@ -62,7 +63,8 @@ def hold(
     from headrace.server.torchrun import hold_as_rank, launched_by_torchrun
     from headrace.store.checkpoint import CheckpointSource
 
-    host = with_nics(_host(bind, advertise, transport, allowed=allow_unauthenticated_data_plane), nics)
+    host = _host(bind, advertise, transport, allowed=allow_unauthenticated_data_plane)
+    host = with_cpus(with_nics(host, nics), mooncake_cpus)
     launch = launched_by_torchrun()
     if launch is not None and launch.rank > 0:
         hold_as_rank(launch, checkpoint, replace(host, bind_port=0))

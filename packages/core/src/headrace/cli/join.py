@@ -11,7 +11,7 @@ import typer
 
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
 from headrace.cli.hold import stay
-from headrace.cli.members import FromOptions, invitation_of, with_nics
+from headrace.cli.members import FromOptions, invitation_of, with_cpus, with_nics
 from headrace.cli.options import (
     BudgetGib,
     Ca,
@@ -47,6 +47,7 @@ def join(
         int | None, typer.Option(help="Version to join; default: the newest that is held.")
     ] = None,
     nics: FromOptions.Nics = None,
+    mooncake_cpus: FromOptions.MooncakeCpus = None,
     budget_gib: BudgetGib = None,
     ready_s: ReadyS = 600.0,
     keep_held: Annotated[
@@ -70,7 +71,8 @@ def join(
         deadlines=Deadlines(ready_s=ready_s),
     )
     settings = JoinSettings(update=update, transport=transport)
-    targets, host = engine_targets(to, header, ca, cert, insecure), with_nics(host_settings(), nics)
+    targets = engine_targets(to, header, ca, cert, insecure)
+    host = with_cpus(with_nics(host_settings(), nics), mooncake_cpus)
     with ExitStack() as stack:
         with UpdateProgress("join") as progress:
             context = joined(invitation, targets, host, settings=settings, progress=progress)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.config import HostSettings
+from headrace.config import HostSettings, cpu_set
 from headrace.errors import ConfigError
 from headrace.server.invitation import TOKEN_VARIABLE, Invitation
 
@@ -36,6 +36,10 @@ class FromOptions:
             envvar="NCCL_IB_HCA",
         ),
     ]
+    MooncakeCpus = Annotated[
+        str | None,
+        typer.Option(help="CPUs of Mooncake's helper process, as `taskset -c` names them: keeps it off an engine's."),
+    ]
     Metas = Annotated[Path | None, typer.Option("--load-metas", help="File that `hold --save-metas` wrote.")]
 
 
@@ -58,6 +62,15 @@ def invitation_of(address: str | None, token: str | None, metas: Path | None) ->
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--token {token}: the file cannot be read: {error}", name="--token") from error
     return Invitation.of(address, token)
+
+
+def with_cpus(host: HostSettings, cpus: str | None) -> HostSettings:
+    """Return the settings with the CPUs of Mooncake's helper processes; as they are where none are given.
+
+    Raises:
+        ConfigError: The list is malformed, or names none that this process may use.
+    """
+    return host if cpus is None else replace(host, mooncake_cpus=cpu_set(cpus, "--mooncake-cpus"))
 
 
 def with_nics(host: HostSettings, pattern: str | None) -> HostSettings:

@@ -7,6 +7,7 @@ import importlib.util
 import mmap
 import os
 import struct
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from headrace.errors import (
 BATCH_ENTRIES = 1024
 DIRECTORY_BYTES = 1 << 18
 TRANSFER_TIMEOUT_S = 30
+_UNDER_WAY, _DONE = 0, 1
+_LEAST_SLEEP_S, _MOST_SLEEP_S = 2e-4, 5e-3
 _HEADER = struct.Struct("<4sIQI")
 _ENTRY = struct.Struct("<32sQQ")
 _MAGIC = b"HDRD"
@@ -37,8 +40,8 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 
-CODES: Mapping[int, type[HeadraceError]] = {-1: PeerLostError}
-"""What Mooncake's calls return when they fail: it tells a dead peer, refused memory and a time-out by one number."""
+CODES: Mapping[int, type[HeadraceError]] = {-1: PeerLostError, -2: PeerLostError}
+"""What Mooncake's calls return when they fail: -1 is a dead peer, refused memory or a time-out, -2 a time-out."""
 
 
 def require_mooncake() -> None:
@@ -138,17 +141,34 @@ class Mooncake:
         return address
 
     def read(self, session: str, entries: Sequence[tuple[int, int, int]]) -> None:
-        """Read `(own address, peer's address, bytes)`, at most `BATCH_ENTRIES` at a time. Blocking, without the GIL.
+        """Read `(own address, peer's address, bytes)`. Blocking, without the GIL and without spinning.
+
+        Mooncake's own wait spins a core, which the sender lacks on a small machine; so every entry is a batch of its
+        own, whose state is asked for at intervals that grow with the wait.
 
         Raises:
-            PeerLostError: The peer is gone, hangs, or does not hold that memory.
+            PeerLostError: The peer is gone, hangs, or does not hold that memory; late bytes may still land.
         """
         for begin in range(0, len(entries), BATCH_ENTRIES):
-            own, peer, sizes = (
-                list(column) for column in zip(*entries[begin : begin + BATCH_ENTRIES], strict=True)
-            )
-            code = self._engine.batch_transfer_sync_read(session, own, peer, sizes)
-            check(code, f"a read of {sum(sizes)} bytes from {session}")
+            chosen = entries[begin : begin + BATCH_ENTRIES]
+            what = f"a read of {sum(size for *_, size in chosen)} bytes from {session}"
+            batches = [
+                self._engine.batch_transfer_async_read(session, [own], [peer], [size])
+                for own, peer, size in chosen
+            ]
+            check(0 if all(batches) else -1, what)
+            self._await(batches, what)
+
+    def _await(self, batches: Sequence[int], what: str) -> None:
+        start = time.monotonic()
+        for batch in batches:
+            while (state := self._engine.transfer_check_status(batch)) == _UNDER_WAY:
+                waited_s = time.monotonic() - start
+                if waited_s > TRANSFER_TIMEOUT_S:
+                    check(-1, what)
+                time.sleep(min(max(waited_s / 8, _LEAST_SLEEP_S), _MOST_SLEEP_S))
+            if state != _DONE:
+                check(state, what)
 
 
 def map_address(fd: int, num_bytes: int, *, writable: bool, private: bool = False) -> int:
