@@ -68,6 +68,18 @@ def test_the_budget_decides_the_ring(make_world: MakeWorld, route: str, transpor
     world.heals()
 
 
+def test_the_budget_decides_whether_rows_are_gathered(make_world: MakeWorld) -> None:
+    """Out of mapped memory: scattered rows go by way of a buffer where there is room for it."""
+    world = make_world(workers=2)
+    servers = {seed: world.server(seed) for seed in (2, 3)}
+    for budget, ring in ((1 << 30, "gathered"), (0, "none")):
+        for number, verify in enumerate(("digest", "full", "none")):
+            seed = 2 + number % 2
+            report = world.update(servers[seed], seed, route="direct", verify=verify, budget_bytes=budget)
+            assert ring_of(report) == {ring}
+    world.heals()
+
+
 def test_a_dummy_start_learns_from_its_first_update(make_world: MakeWorld) -> None:
     """The first update goes through the loader, the second by recipe."""
     world = make_world(workers=2, loaded_seed=None)
