@@ -159,8 +159,8 @@ class Exchange:
             case wire.AskOffer():
                 return self._lease(member, message)
             case wire.EndLease():
-                self._end_lease(member)
                 member.joined = message.joined or member.joined
+                self._end_lease(member)
             case wire.Reading():
                 member.reading = message
             case wire.Contribute():
