@@ -103,7 +103,7 @@ def train(rank: int, world_size: int, port: int, target: str, folder: Path, out:
     with hook:
         for step in range(1, STEPS + 1):
             trainer.step(batch(step, rank // 2 if name == "fsdp2-tp" else rank))
-        whole = {key: tensor.detach().contiguous().clone() for key, tensor in trainer.whole().items()}
+        whole = trainer.whole()
     if rank == 0:
         save_file(whole, out / "model.safetensors", metadata={"format": "pt"})
     return versions

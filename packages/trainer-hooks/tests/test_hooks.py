@@ -40,17 +40,13 @@ def engine(folder: Path) -> Iterator[EngineProcess]:
         yield made
 
 
-def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.whole().items()}
-
-
 def in_background(rank: int, url: str, trainer: Trainer) -> None:
     """Steps beside an update are dropped, every version is one whole step, and the last one is served in the end."""
-    weights, reports, witness = {0: whole(trainer)}, [], Witness(url)
+    weights, reports, witness = {0: trainer.whole()}, [], Witness(url)
     with fsdp.attach(trainer.model, trainer.optimizer, to=[witness], report=reports.append):
         for step in range(1, 31):
             trainer.step(batch(step, rank))
-            weights[step] = whole(trainer)
+            weights[step] = trainer.whole()
             if step == 15:
                 witness.go_on.set()
     if rank == 0:
@@ -70,7 +66,7 @@ def every_third_in_bfloat16(rank: int, url: str, trainer: Trainer) -> None:
     with fsdp.attach(trainer.model, trainer.optimizer, to=f"torch={url}", **choices) as hook:
         for step in range(1, 8):
             trainer.step(batch(step, rank))
-            weights = whole(trainer)
+            weights = trainer.whole()
             if rank == 0 and step % 3 == 0:
                 assert compare(url, weights, torch.bfloat16, FLOAT) == []
         if rank == 0:
@@ -114,7 +110,7 @@ def one_engine_down(rank: int, url: str, trainer: Trainer) -> None:
     with fsdp.attach(trainer.model, trainer.optimizer, to=[down, f"torch={url}"], **choices):
         for step in range(1, 3):
             trainer.step(batch(step, rank))
-            weights = whole(trainer)
+            weights = trainer.whole()
             if rank == 0:
                 assert compare(url, weights, FLOAT, FLOAT) == []
                 assert list(reports[-1].failures) == [down]
@@ -229,7 +225,7 @@ def lose_an_engine(rank: int, _world_size: int, port: int, folder: Path) -> None
             trainer.step(batch(2, rank))
             engine = EngineProcess(folder, 1, "--dtype", "float32", port=port)
             trainer.step(batch(3, rank))
-            assert compare(engine.url, whole(trainer), FLOAT, FLOAT) == []
+            assert compare(engine.url, trainer.whole(), FLOAT, FLOAT) == []
         assert [report.step for report in reports] == [1, None, 3]
         assert reports[1].failures
     finally:
@@ -271,7 +267,7 @@ def compiled(rank: int, _world_size: int, url: str, folder: Path) -> None:
         tokens = batch(1, rank)
         model(input_ids=tokens, labels=tokens).loss.backward()
         trainer.optimizer.step()
-        assert compare(url, whole(trainer), FLOAT, FLOAT) == []
+        assert compare(url, trainer.whole(), FLOAT, FLOAT) == []
 
 
 @pytest.mark.timeout(150)
@@ -292,7 +288,7 @@ def scaled(rank: int, _world_size: int, url: str, folder: Path) -> None:
             scaler.step(trainer.optimizer)
             scaler.update()
             assert hook.step == steps
-        assert compare(url, whole(trainer), FLOAT, FLOAT) == []
+        assert compare(url, trainer.whole(), FLOAT, FLOAT) == []
 
 
 @pytest.mark.timeout(150)
@@ -306,7 +302,7 @@ def tied(rank: int, world_size: int, port: int, url: str, folder: Path) -> None:
         trainer = LAYOUTS[name](folder)
         with fsdp.attach(trainer.model, trainer.optimizer, to=f"torch={url}", mode="wait", on_error="raise"):
             trainer.step(batch(1, rank))
-            weights = whole(trainer)
+            weights = trainer.whole()
             if rank == 0:
                 assert compare(url, weights, FLOAT, FLOAT) == []
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from trainer_world import LEARNING_RATE, Trainer, load
-
-from headrace_trainers.shards import clean_name
 
 
 def _config(stage: int, *, bf16: bool, accumulate: int, offload: bool) -> dict[str, Any]:
@@ -44,14 +41,7 @@ def make(folder: Path, stage: int, *, bf16: bool = True, accumulate: int = 1, of
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
             engine.step()
 
-    def whole() -> Mapping[str, torch.Tensor]:
-        pairs = list(engine.module.named_parameters())
-        if stage < 3:
-            return {clean_name(name): p.detach() for name, p in pairs}
-        with deepspeed.zero.GatheredParameters([p for _, p in pairs]):
-            return {clean_name(name): p.detach().clone() for name, p in pairs}
-
-    return Trainer(engine, step, whole, optimizer)
+    return Trainer(engine, step, optimizer)
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

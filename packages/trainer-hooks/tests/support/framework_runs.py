@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from trainer_world import batch, compare, load
-
-from headrace_trainers.shards import clean_name
+from trainer_world import batch, compare, gathered, load
 
 FLOAT = torch.float32
 
@@ -18,26 +15,6 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
     """Return rows as a dataset has them."""
     rows = [batch(number, 0)[0] for number in range(count)]
     return [{"input_ids": row, "labels": row} for row in rows]
-
-
-def gathered(model: Any) -> dict[str, torch.Tensor]:
-    """Return all weights, whole, on every rank; a collective where they are sharded."""
-    pairs = [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
-    if hasattr(pairs[0][1], "ds_tensor"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter for _, parameter in pairs]):
-            return _copies(pairs)
-    if any(name.endswith("_flat_param") for name, _ in pairs):
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            return _copies([(clean_name(name), parameter) for name, parameter in model.named_parameters()])
-    return _copies(pairs)
-
-
-def _copies(pairs: list[tuple[str, Any]]) -> dict[str, torch.Tensor]:
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in pairs}
 
 
 def hugging_face(folder: Path, out: Path, url: str, **options: Any) -> tuple[Any, Any, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
 from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from trainer_world import Trainer, load, optimizer_of, plain_step
 
-from headrace_trainers.shards import clean_name
 
-
-def _whole(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    return {clean_name(n): p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
-
-
-def _trainer(model: Any, whole: Callable[[nn.Module], Mapping[str, torch.Tensor]] = _whole) -> Trainer:
+def _trainer(model: Any) -> Trainer:
     optimizer = optimizer_of(model)
-    return Trainer(model, plain_step(model, optimizer), lambda: whole(model), optimizer)
+    return Trainer(model, plain_step(model, optimizer), optimizer)
 
 
 def plain(folder: Path) -> Trainer:
@@ -85,10 +78,6 @@ def fsdp2_tp(folder: Path) -> Trainer:
 
 
 def _fsdp1(strategy: ShardingStrategy, *, use_orig_params: bool) -> Callable[[Path], Trainer]:
-    def whole(model: nn.Module) -> Mapping[str, torch.Tensor]:
-        with Fsdp.summon_full_params(model, writeback=False):
-            return {clean_name(name): p.detach().clone() for name, p in model.named_parameters()}
-
     def make(folder: Path) -> Trainer:
         model = load(folder)
         mesh = None
@@ -102,7 +91,7 @@ def _fsdp1(strategy: ShardingStrategy, *, use_orig_params: bool) -> Callable[[Pa
             use_orig_params=use_orig_params,
             device_mesh=mesh,
         )
-        return _trainer(wrapped, whole)
+        return _trainer(wrapped)
 
     return make
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
+from torch.distributed.tensor import DTensor
 
 from headrace.embedded.control import TorchControl
 from headrace.testing.engine_process import differences, fingerprints
 from headrace.testing.tiny_model import TinySize
+from headrace_trainers.shards import clean_name
 
 ODD = TinySize(hidden=50, intermediate=78, num_heads=4, num_kv_heads=2, head_dim=10)
 """Divides by two tensor-parallel workers of an engine, and by hardly any number of trainers."""
@@ -29,15 +33,34 @@ class Trainer:
     Attributes:
         model: As it is trained.
         step: Takes one optimizer step on a batch.
-        whole: Returns all weights, gathered; for comparison only, on every rank.
         optimizer: What changes the weights.
     """
 
     model: Any
     step: Callable[[torch.Tensor], None]
-    whole: Callable[[], Mapping[str, torch.Tensor]]
     optimizer: Any
-    extra: dict[str, Any] = field(default_factory=dict)
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Return all weights as they are now, gathered; on every rank."""
+        return gathered(self.model)
+
+
+def gathered(model: Any) -> dict[str, torch.Tensor]:
+    """Return copies of all weights of a model, whole; a collective where they are sharded. For comparison only."""
+    with _unsharded(model):
+        pairs = [(clean_name(name), parameter.detach()) for name, parameter in model.named_parameters()]
+        return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in pairs}
+
+
+def _unsharded(model: Any) -> AbstractContextManager[Any]:
+    parameters = list(model.parameters())
+    if hasattr(parameters[0], "ds_tensor"):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
+    if any(isinstance(module, Fsdp) for module in model.modules()):
+        return Fsdp.summon_full_params(model, writeback=False)
+    return nullcontext()
 
 
 def join(rank: int, world_size: int, port: int) -> None:
