@@ -33,7 +33,7 @@ class Run:
         engine_pids: Its processes.
         port: Where the ranks meet.
         pairs: Pairs of steps per round: one with nothing beside it, one beside an update.
-        rounds: How often the hook is attached; before each, there are half as many steps without one.
+        rounds: How often the hook is attached; after each, there are half as many steps without one.
         device: `cpu` or `cuda`.
         verify: Verification of the updates.
         saved: Where the usual way puts its file; empty leaves it out.
@@ -116,8 +116,8 @@ def measure(rank: int, world_size: int, run: Run) -> Measured:
     trainer.step()
     threads = _threads()  # the trainer's: there is no hook yet
     for _ in range(run.rounds):
-        found.without += [_step(trainer, run, threads) for _ in range(run.pairs // 2)]
         _with_hook(trainer, run, threads, found)
+        found.without += [_step(trainer, run, threads) for _ in range(run.pairs // 2)]
     for _ in range(_GATHERS if run.saved else 0):
         _usual_way(trainer, run, found)
     return found

@@ -94,15 +94,22 @@ def step_section(name: str, run: Run, ranks: Sequence[Measured], nice: int) -> S
         ("processor time of an update: the hook in all ranks (copy, digests, plan)", f"{hook_s * 1e3:.0f}"),
         ("processor time of an update: the engine", f"{engine_s * 1e3:.0f}"),
     )
-    share = f"{added.median / idle.median:+.1%} of a step; {len(first.beside)} pairs of steps"
-    ended = [one.total_s < step.seconds for one, step in zip(first.updates, first.beside, strict=False)]
-    late = len(first.beside) - sum(ended)
+    priority, pairs = f" of niceness {nice}" if nice else "", len(first.beside)
+    own_s, share = hook_s / len(ranks), engine_s / (hook_s + engine_s)
     notes = (
-        f"Added: {share}, {os.cpu_count()} cores for {len(ranks)} ranks and {NUM_WORKERS} workers"
-        f"{f' of priority {nice}' if nice else ''}.",
-        f"{late} updates did not end within their step." if late else "Every update ended within its step.",
+        f"Added: {added.median / idle.median:+.1%} of a step, over {pairs} pairs of steps; {os.cpu_count()} cores for "
+        f"{len(ranks)} ranks and {NUM_WORKERS} workers{priority}.",
+        f"{share:.0%} of an update's processor time is the engine's, which elsewhere has cores of its own; the hook's "
+        f"is {own_s * 1e3:.0f} ms per rank, {own_s / idle.median:.1%} of a step.",
+        _late(first),
     )
     return Section(f"trainers-{name}-step", _title(name, first, run), ("training step", "ms"), rows, notes)
+
+
+def _late(first: Measured) -> str:
+    ended = [one.total_s < step.seconds for one, step in zip(first.updates, first.beside, strict=False)]
+    late = len(first.beside) - sum(ended)
+    return f"{late} updates did not end within their step." if late else "Every update ended within its step."
 
 
 def _spread(steps: Sequence[Step]) -> Spread:
