@@ -93,6 +93,7 @@ class HoldProcess(Command):
         checkpoint: Path,
         metas: Path,
         *options: str | Path,
+        program: Sequence[str] = (sys.executable, "-m", "headrace"),
         prefix: Sequence[str] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
@@ -103,6 +104,7 @@ class HoldProcess(Command):
             "--save-metas",
             metas,
             *options,
+            program=program,
             prefix=prefix,
             environment=environment,
         )

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from p2p_world import Command, HoldProcess, join_arguments, need_mooncake, run_join
+from safetensors.torch import load_file
 
+from headrace.config import Deadlines, HostSettings
+from headrace.control.hub import Hub
+from headrace.server.holders import HolderPool, SourceSpec
 from headrace.server.invitation import Invitation
+from headrace.server.keeping import Keeper
 from headrace.server.membership import Membership
+from headrace.server.switchboard import Switchboard
 from headrace.store.checkpoint import CheckpointSource
+from headrace.store.tensors import TensorSource
 from headrace.testing.engine_process import EngineProcess
+from headrace.testing.leaks import descendants
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -77,6 +89,104 @@ def test_a_version_is_read_from_all_who_hold_it(
         assert sum(given.values()) == tensor_bytes(checkpoints[version % 2])
         assert set(report["join"]["transports"].values()) == {transport}
         assert engine.differences(checkpoints[version % 2]) == []
+
+
+def test_a_join_beside_an_update_ends_on_one_whole_version(
+    checkpoints: list[Path], engine: EngineProcess, tmp_path: Path
+) -> None:
+    """One instance is brought to a version by an update and to another by a join, both at once."""
+    version = (engine.status()["weight_version"] or 0) + 1
+    served_by = {version: checkpoints[version % 2], version + 1: checkpoints[(version + 1) % 2]}
+    update = ["update", "--checkpoint", served_by[version + 1], "--to", engine.target]
+    with HoldProcess(served_by[version], tmp_path / "metas", "--version", str(version)) as keeper:
+        arguments = join_arguments(engine.target, keeper.metas, "--transport", "tcp")
+        with Command(*arguments) as join, Command(*update, "--version", str(version + 1)) as other:
+            ends = {version: join.end(), version + 1: other.end()}
+    assert any(code == 0 for code, _, _ in ends.values()), ends
+    served = engine.status()["weight_version"]
+    assert ends[served][0] == 0, ends
+    assert engine.differences(served_by[served]) == []
+    assert not engine.health()["paused"]
+
+
+def test_a_join_while_its_source_publishes_ends_on_one_whole_version(
+    checkpoints: list[Path], engine: EngineProcess, tmp_path: Path, socket_dir: Path
+) -> None:
+    """The keeper's source changes all its tensors and publishes them, again and again, until the join has ended."""
+    first = (engine.status()["weight_version"] or 0) + 1
+    version, metas = first, tmp_path / "metas"
+    with (
+        published(checkpoints, first, socket_dir, metas) as publish,
+        Command(*join_arguments(engine.target, metas, "--transport", "tcp")) as join,
+    ):
+        while join.process.poll() is None:
+            version += 1
+            publish(version)
+        code, out, err = join.end()
+    assert code == 0, err
+    joined = json.loads(out)["version"]
+    assert first <= joined <= version
+    assert version > first + 1, "nothing was published meanwhile"
+    assert engine.status()["weight_version"] == joined
+    assert engine.differences(checkpoints[joined % 2]) == []
+
+
+@contextmanager
+def published(
+    checkpoints: Sequence[Path], first: int, socket_dir: Path, metas: Path
+) -> Iterator[Callable[[int], None]]:
+    """Keep the tensors of checkpoint `version % 2` as version `first`; yield what replaces them by those of another."""
+    weights = [load_file(next(one.glob("*.safetensors"))) for one in checkpoints]
+    tensors = {name: value.clone() for name, value in weights[first % 2].items()}
+    host = HostSettings(socket_dir=socket_dir, permitted_uids=frozenset({os.getuid()}))
+    board = Switchboard(Hub(host))
+    pool = HolderPool(SourceSpec(source=TensorSource(tensors)), board, host)
+    try:
+        with Keeper(pool, host) as keeper:
+
+            def publish(version: int) -> None:
+                for name, value in weights[version % 2].items():
+                    tensors[name].copy_(value)
+                keeper.offer(pool.publish(version, Deadlines()))
+
+            pool.ensure(1)
+            publish(first)
+            keeper.exchange.invitation.save(metas, {})
+            yield publish
+    finally:
+        pool.stop()
+        board.close()
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_hold_a_part_each(
+    checkpoints: list[Path], engine: EngineProcess, tmp_path: Path
+) -> None:
+    """Two processes hold halves; a joiner reads from both, and both end with their launcher."""
+    version = (engine.status()["weight_version"] or 0) + 1
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--version", str(version)]
+    hold = HoldProcess(checkpoints[0], tmp_path / "metas", *options, program=[*launch, "-m", "headrace"])
+    with hold as keeper:
+        ranks = descendants(keeper.process.pid)
+        report = run_join(engine.target, keeper.metas, "--transport", "tcp")
+        assert len(keeper.holders) == 2
+        assert set(report["join"]["from_holders"]) == set(keeper.holders)
+        assert min(report["join"]["from_holders"].values()) > tensor_bytes(checkpoints[0]) // 4
+        assert engine.differences(checkpoints[0]) == []
+    assert len(ranks) >= 2
+    limit = time.monotonic() + 20
+    while any(alive(pid) for pid in ranks) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in ranks)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_update_leaves_its_holder_to_be_joined(

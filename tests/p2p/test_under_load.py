@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ def test_ten_members_come_and_go_while_an_instance_serves(
 ) -> None:
     """The instance has a core of its own, and keeper and members the others; its rate before and meanwhile is noted."""
     cores = sorted(os.sched_getaffinity(0))
-    others = ["taskset", "-c", ",".join(map(str, cores[1:] or cores))]
+    elsewhere = cores[1:] or cores
+    others = ["taskset", "-c", ",".join(map(str, elsewhere))]
     with (
+        on_cores(elsewhere),
         EngineProcess(checkpoints[0]) as serving,
         HoldProcess(checkpoints[0], tmp_path / "metas", prefix=others) as keeper,
     ):
@@ -60,6 +63,17 @@ def test_ten_members_come_and_go_while_an_instance_serves(
         assert [member.name for member in keeper.standing().members] == ["test"]
         assert serving.differences(checkpoints[0]) == []
         assert not serving.health()["paused"]
+
+
+@contextmanager
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Keep this process, which reads the stream, off the instance's core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def rate(stream: Stream, begin: float, end: float) -> float:
