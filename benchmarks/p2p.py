@@ -11,15 +11,17 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from benchmarks import p2p_ceiling
 from benchmarks._common import Section, Spread, gb_per_s
 from headrace import wire
 from headrace.config import HostSettings
+from headrace.errors import PeerLostError
 from headrace.segments import HostSegment
 from headrace.server.holders import SourceSpec
 from headrace.server.joining import Ways
@@ -28,7 +30,6 @@ from headrace.server.membership import Membership
 from headrace.server.reading import PeerSource
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.store import Store
-from headrace.transports import mooncake_reader
 from headrace.transports.mooncake_process import HelperProcess
 
 BLOCK_BYTES = 64 << 20
@@ -47,25 +48,37 @@ def make_checkpoint(folder: Path, num_bytes: int) -> Path:
     return folder
 
 
-def ceiling(offer: wire.Offer, host: HostSettings) -> float:
-    """Return GB/s of Mooncake alone: one block after another into the same memory, nothing copied, nothing checked."""
+def ceiling(offer: wire.Offer, host: HostSettings, *, fresh: bool) -> float:
+    """Return GB/s of Mooncake's own blocking read of large blocks between two processes, nothing copied or checked.
+
+    Args:
+        offer: What is held.
+        host: Where.
+        fresh: Read every block to memory of its own, that nobody has touched, as a joiner's is; else all to one block.
+    """
     manifest = offer.manifests[0]
-    memory = HostSegment(BLOCK_BYTES, "headrace-benchmark", peers_write=True)
-    settings = {"host": host.advertise_host, "nics": [], "fd": memory.fd, "num_bytes": BLOCK_BYTES}
-    helper = HelperProcess(mooncake_reader.__name__, settings, pass_fds=[memory.fd])
+    size = sum(segment.num_bytes for segment in manifest.segments) if fresh else BLOCK_BYTES
+    memory = HostSegment(size + BLOCK_BYTES, "headrace-benchmark", peers_write=True)
+    settings = {"host": host.advertise_host, "nics": [], "fd": memory.fd, "num_bytes": size + BLOCK_BYTES}
+    # Helpers are started without the current folder on their path.
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    helper = HelperProcess(p2p_ceiling.__name__, settings, pass_fds=[memory.fd])
     try:
         session = manifest.holder.mooncake
         places = helper.call({"session": session}, 30)["segments"]
-        requests = []
+        requests: list[dict[str, Any]] = []
         for segment in manifest.segments:
             address = int(places[segment.segment_id][0])
             for begin in range(0, segment.num_bytes - BLOCK_BYTES + 1, BLOCK_BYTES):
-                ranges = np.array([[0, address + begin, BLOCK_BYTES]], np.int64).tobytes()
-                requests.append({"session": session, "ranges": ranges})
-        helper.call(requests[0], 60)
+                to = (1 + len(requests)) * BLOCK_BYTES if fresh else 0
+                requests.append({"session": session, "blocking": [to, address + begin, BLOCK_BYTES]})
+        first = [0, *requests[0]["blocking"][1:]]
+        helper.call({"session": session, "blocking": first}, 60)
         begin_s = time.monotonic()
         for request in requests:
-            helper.call(request, 60)
+            if helper.call(request, 60)["code"]:
+                raise PeerLostError("Mooncake's own read failed", name=session)
         return len(requests) * BLOCK_BYTES / (time.monotonic() - begin_s) / 1e9
     finally:
         helper.close()
@@ -110,9 +123,10 @@ def sections(num_bytes: int) -> list[Section]:
         offer = member.ask(lease=True)
         total = int(source.metadata().num_bytes.sum())
         rows: list[tuple[str, ...]] = []
-        tops, took = [], {kind: [] for kind in ("mooncake", "tcp", "memory", "disk")}  # type: ignore[var-annotated]
+        tops, colds, took = [], [], {kind: [] for kind in ("mooncake", "tcp", "memory", "disk")}  # type: ignore[var-annotated]
         for _ in range(REPEATS):
-            tops.append(ceiling(offer, host))
+            tops.append(ceiling(offer, host, fresh=False))
+            colds.append(ceiling(offer, host, fresh=True))
             for kind in ("mooncake", "tcp", "memory"):
                 took[kind].append(read(offer, kind, host))
             took["disk"].append(from_disk(checkpoint))
@@ -127,6 +141,10 @@ def sections(num_bytes: int) -> list[Section]:
             "",
         )
     )
+    cold = Spread.of(colds)
+    share = f"{Spread.of([c / t for c, t in zip(colds, tops, strict=True)]).median:.0%}"
+    name = "the same into memory that is new"
+    rows.append((name, f"{cold.median:.2f} ({cold.least:.2f}-{cold.greatest:.2f})", share, "", ""))
     for kind in ("mooncake", "tcp", "memory"):
         shares = [total / one["read"] / 1e9 / best for one, best in zip(took[kind], tops, strict=True)]
         whole = [total / one["whole"] / 1e9 / best for one, best in zip(took[kind], tops, strict=True)]

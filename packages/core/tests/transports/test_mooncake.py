@@ -91,6 +91,16 @@ class TestMooncakeTransport(TransportTests):
         assert transport._staging.helper.pid != first
         assert not any(block.any() for block in blocks), "bytes of a read that was given up have landed"
 
+    def test_waiting_for_a_holder_that_hangs_takes_no_core(self, transport: Any, mortal: HolderProcess) -> None:
+        open_all(transport, mortal)
+        helper = transport._staging.helper.pid
+        with mortal.stopped():
+            before_s = cpu_seconds(helper)
+            job = transport.submit(WHOLE, mortal.segments[:1], [torch.zeros(1 << 20, dtype=torch.uint8)])
+            with pytest.raises(TransferTimeoutError):
+                transport.wait(job, 3.0)
+            assert cpu_seconds(helper) - before_s < 1.0, "the helper spins while it waits"
+
     def test_a_holder_takes_its_helper_along(self, host: HostSettings, transport: Any) -> None:
         with HolderProcess(serve_by_helper, host) as holder:
             open_all(transport, holder)
@@ -111,6 +121,12 @@ class TestMooncakeTransport(TransportTests):
             session, address = transport._places[holder.segments[0].segment_id]
             assert stranger_writes(session, address) != 0
             self.check(transport, holder, WHOLE, 1 << 20)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def open_all(transport: Any, holder: HolderProcess) -> None:

@@ -28,7 +28,7 @@ from headrace.segments.pinning import PinnedRange
 
 PAGE = mmap.PAGESIZE
 _BREATH_S = 2e-4
-_MADV_POPULATE_READ = 22
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _SEAL_FUTURE_WRITE = 0x10
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -224,6 +224,17 @@ def _check_lent(fd: int, descriptor: SegmentDescriptor) -> None:
     if problem:
         message = f"segment {descriptor.segment_id} {problem}; the holder must run this version of Headrace"
         raise RemoteProtocolError(message, name=descriptor.segment_id)
+
+
+def make_pages(memory: torch.Tensor) -> None:
+    """Bring in the pages that lie wholly in writable memory, so that writes into it fault nowhere.
+
+    Blocking, without the GIL. Where the kernel cannot, the first write brings them in.
+    """
+    begin = -(-memory.data_ptr() // PAGE) * PAGE
+    end = (memory.data_ptr() + memory.numel()) // PAGE * PAGE
+    if end > begin:
+        _libc.madvise(begin, end - begin, _MADV_POPULATE_WRITE)
 
 
 def _populate(pages: torch.Tensor, segment_id: str) -> None:

@@ -16,6 +16,7 @@ from headrace.planner.join import volumes
 from headrace.planner.ring import cut
 from headrace.protocols import SourceRegion, Transport
 from headrace.server.fetching import Fetch, Pieces, ReadSettings
+from headrace.server.pages import pages_ahead
 from headrace.server.whole import params_of, sums_of, whole_regions
 from headrace.types import I64, ITEMSIZES, ParamTable
 from headrace.wire import Offer
@@ -110,7 +111,8 @@ class PeerSource:
         pieces, wrong, check_s = Pieces.of(table, self._params), np.zeros(0, np.int64), 0.0
         order = list(range(len(self._manifests)))
         for attempt in range(self._settings.attempts):
-            fetch.run(pieces, blocks, limit)
+            with pages_ahead(blocks):
+                fetch.run(pieces, blocks, limit)
             begin = time.monotonic()
             wrong = self._wrong(real, blocks)
             check_s += time.monotonic() - begin
