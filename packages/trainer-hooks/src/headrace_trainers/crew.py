@@ -34,22 +34,21 @@ class Crew:
     """The ranks of the default process group, seen from one of them; a single process has a crew of itself.
 
     Nothing here is a collective. Made on every rank, in the same order where a program makes several.
+
+    Attributes:
+        rank: This process's.
+        world_size: Number of ranks.
     """
 
     def __init__(self) -> None:
         is_group = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if is_group else 0
-        self._world_size = dist.get_world_size() if is_group else 1
+        self.world_size = dist.get_world_size() if is_group else 1
         self._prefix = f"headrace/hook/{next(_numbers)}"
         # Clones have connections of their own: waiting on one keeps nobody else from the store.
-        store: Any = _get_default_store() if self._world_size > 1 else None
+        store: Any = _get_default_store() if self.world_size > 1 else None
         self._store = store.clone() if store is not None else None
         self._rounds = 0
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self._world_size
 
     def hand_out(self, tickets: Sequence[HolderTicket]) -> None:
         """Give every other rank its ticket; by rank 0."""

@@ -12,13 +12,14 @@ from headrace.registry import engine_control
 from headrace.report import UpdateReport
 from headrace.server.parameter_server import Target
 
-__all__ = ["HOOK_UPDATE", "HookSettings", "ReportCallback", "StepReport", "Target"]
+__all__ = ["HELD", "HOOK_UPDATE", "HookSettings", "ReportCallback", "StepReport", "Target"]
 
 Mode = Literal["wait", "background"]
 OnError = Literal["raise", "warn"]
 
 HOOK_UPDATE = UpdateSettings(deadlines=Deadlines(ready_s=5.0, read_s=600.0))
 """A step does not wait long for an engine that is down."""
+HELD = "headrace/held_s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class StepReport:
 
     def as_metrics(self) -> dict[str, float]:
         """Return the numbers that a trainer's logger can show."""
-        metrics = {"headrace/held_s": self.held_s, "headrace/failed_engines": float(len(self.failures))}
+        metrics = {HELD: self.held_s, "headrace/failed_engines": float(len(self.failures))}
         if self.step is not None:
             metrics["headrace/step"] = float(self.step)
         if self.update is not None:

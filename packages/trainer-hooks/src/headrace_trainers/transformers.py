@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from headrace_trainers.hook import Hook
 from headrace_trainers.optimizers import watch
-from headrace_trainers.settings import HookSettings, StepReport, Target
+from headrace_trainers.settings import HELD, HookSettings, StepReport, Target
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class HeadraceCallback(TrainerCallback):  # type: ignore[misc] # has no types
         logs: dict[str, float] | None = None,
         **_kwargs: object,
     ) -> None:
-        """Add the newest report to what is logged."""
+        """Add the newest report to what is logged, and the seconds that training was held up since the last one."""
         if self._metrics and logs is not None:
             logs.update(self._metrics)
             if state.log_history:
@@ -93,7 +93,8 @@ class HeadraceCallback(TrainerCallback):  # type: ignore[misc] # has no types
             hook.close()
 
     def _take(self, report: StepReport) -> None:
-        self._metrics = report.as_metrics()
+        held_s = self._metrics.get(HELD, 0.0) + report.held_s
+        self._metrics = report.as_metrics() | {HELD: held_s}
         if callable(self._report):
             self._report(report)
 
