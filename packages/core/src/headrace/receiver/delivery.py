@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from headrace.errors import ApplyError, IntegrityError, TransferTimeoutError, TransportClosedError
-from headrace.geometry import dense_strides
+from headrace.errors import ApplyError, TransferTimeoutError
 from headrace.manifest import HolderAddress
-from headrace.pipeline import PipelineStage, RingPipeline, RingSignals
-from headrace.plan import CopyTable, TransferPlan, buffered, staged_bytes
-from headrace.protocols import Transport
-from headrace.receiver.blocks import allocate_bytes
-from headrace.segments.host import MappedSegment
+from headrace.pipeline import PipelineStage, RingPipeline
+from headrace.plan import TransferPlan
+from headrace.receiver.buckets import Bucket, Differences, bounds_of, bucket_of, mapped_bucket
+from headrace.receiver.feeds import Feed
 from headrace.telemetry import Recorder
-from headrace.transports.binding import Program, bind_copies
 from headrace.transports.memory import MemoryTransport
-from headrace.types import I64, ITEMSIZES
 
 POPULATE_CHUNK_BYTES = 16 << 20
 STAGE_COPY_S = 60.0
@@ -51,117 +43,6 @@ class Delivery(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """One bucket's copies: those into opaque buffers, which may run early, and those into live tensors."""
-
-    opaque: Program
-    live: Program
-    live_rows: np.ndarray
-    num_bytes: int
-    staged: Program | None = None
-
-    def differences(self) -> np.ndarray:
-        """Return the rows of the plan whose live bytes, or what was staged for them, differ from the source."""
-        found = self.live.differences()
-        if self.staged is not None:
-            found = sorted({*found, *self.staged.differences()})
-        return np.asarray(self.live_rows[found])
-
-
-def _bucket(
-    plan: TransferPlan,
-    apply: CopyTable,
-    bounds: tuple[int, int],
-    sources: Sequence[torch.Tensor],
-    blocks: list[torch.Tensor],
-    *,
-    undisturbed: bool,
-) -> _Bucket:
-    """Bind rows `[begin, end)` of `apply`; `undisturbed` if nothing is fetched while they run."""
-    begin, end = bounds
-    is_opaque = apply.dst_block[begin:end] >= plan.num_targets
-    rows = np.arange(begin, end)
-    live = rows[~is_opaque]
-    table = apply.take(live)
-    return _Bucket(
-        opaque=bind_copies(apply.take(rows[is_opaque]), sources, blocks),
-        live=bind_copies(table, sources, blocks, undisturbed=undisturbed),
-        live_rows=live,
-        num_bytes=_live_bytes(table),
-    )
-
-
-def _mapped_bucket(
-    plan: TransferPlan, bounds: tuple[int, int], sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]
-) -> _Bucket:
-    """Bind copies out of mapped memory; where the plan buffers some, `staged` fills the buffer that `live` reads.
-
-    Raises:
-        CapacityError: There is no room for the buffer.
-    """
-    table = plan.apply.take(slice(*bounds))
-    rows = np.flatnonzero(buffered(table, plan.ring.mode) & (table.dst_block < plan.num_targets))
-    if not len(rows):
-        return _bucket(plan, plan.apply, bounds, sources, blocks, undisturbed=True)
-    chosen = table.take(rows)
-    sizes, itemsize = staged_bytes(chosen), ITEMSIZES[chosen.src_dtype]
-    device = next((block.device for block in blocks if block.is_cuda), torch.device("cpu"))
-    buffer = allocate_bytes(int(sizes.sum()), device)
-    base, strides = np.cumsum(sizes) - sizes, dense_strides(chosen.shape, itemsize)
-    first = np.zeros(len(rows), np.int32)
-    fill = replace(
-        chosen, dst_block=first, dst_base=base, dst_strides=strides, dst_dtype=chosen.src_dtype
-    )
-    rows += bounds[0]
-    apply = replace(
-        plan.apply,
-        src_block=_with(plan.apply.src_block, rows, len(sources)),
-        src_base=_with(plan.apply.src_base, rows, base),
-        src_strides=_with(plan.apply.src_strides, rows, strides),
-    )
-    bucket = _bucket(plan, apply, bounds, [*sources, buffer], blocks, undisturbed=True)
-    return replace(bucket, staged=bind_copies(fill, sources, [buffer], gentle=True))
-
-
-def _with(column: np.ndarray, rows: I64, values: np.ndarray | int) -> np.ndarray:
-    """Return a copy of a table's column with some rows replaced."""
-    changed = column.copy()
-    changed[rows] = values
-    return changed
-
-
-def _bounds(plan: TransferPlan) -> list[tuple[int, int]]:
-    """Return the rows of each bucket of `plan.apply`."""
-    return list(pairwise(plan.apply_starts.tolist()))
-
-
-def _live_bytes(table: CopyTable) -> int:
-    return int((table.num_elements * ITEMSIZES[table.dst_dtype]).sum())
-
-
-class Differences:
-    """Turns rows that differ into an IntegrityError that names parameters."""
-
-    def __init__(self, plan: TransferPlan, target_names: Sequence[str]) -> None:
-        self._plan = plan
-        self._names = target_names
-
-    def check(self, bucket: _Bucket) -> None:
-        """Compare a bucket's live tensors with its sources.
-
-        Raises:
-            IntegrityError: Names the parameters that differ.
-        """
-        rows = bucket.differences()
-        if len(rows):
-            names = sorted({self._names[int(i)] for i in self._plan.apply.dst_block[rows]})
-            message = (
-                f"{len(names)} parameters differ from their source after the copy: {', '.join(names[:5])}"
-            )
-            raise IntegrityError(message, name=names[0], phase="verify")
-
-
 class DirectDelivery:
     """Copies from mapped holder memory into live tensors: straight, or by way of a buffer."""
 
@@ -180,7 +61,7 @@ class DirectDelivery:
         self._blocks = blocks
         self._differences = differences
         self._recorder = recorder
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[Bucket] = []
 
     def stage(self, deadline_s: float) -> None:
         """Map the holders' segments, touch or page-lock them in chunks, and build the copies' views."""
@@ -192,16 +73,12 @@ class DirectDelivery:
                 self._transport.mapping(segment.segment_id).prepare(POPULATE_CHUNK_BYTES, pin=on_gpu)
         sources = [self._transport.mapped(segment.segment_id) for segment in self._plan.segments]
         # A GPU is given everything in one go: its copies run on while the next ones are handed over.
-        bounds = [(0, len(self._plan.apply))] if on_gpu else _bounds(self._plan)
+        bounds = [(0, len(self._plan.apply))] if on_gpu else bounds_of(self._plan)
         with self._recorder.span("build"):
-            self._buckets = [_mapped_bucket(self._plan, b, sources, self._blocks) for b in bounds]
+            self._buckets = [mapped_bucket(self._plan, b, sources, self._blocks) for b in bounds]
         with self._recorder.span("stage"):
             for bucket in self._buckets:
-                if bucket.staged is not None:
-                    bucket.staged.run()
-                    bucket.staged.finish(deadline_s)
-                bucket.opaque.run()
-                bucket.opaque.finish(deadline_s)
+                bucket.run_early(deadline_s)
 
     def commit(self, deadline_s: float, writing: Callable[[], None], *, compare: bool) -> None:
         """Run the copies; absolute, so it may be repeated."""
@@ -220,17 +97,6 @@ class DirectDelivery:
     def close(self) -> None:
         """Drop the views; mappings stay with the transport for the next version."""
         self._buckets = []
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Where a ring's buckets come from: `fetch` blocks until a bucket is in its slot, `release` gives the slot back."""
-
-    name: str
-    slots: Sequence[torch.Tensor]
-    fetch: Callable[[int, int], None]
-    release: Callable[[int], None]
-    close: Callable[[], None]
 
 
 class RingDelivery:
@@ -257,15 +123,15 @@ class RingDelivery:
         depth = plan.ring.depth
         staged = depth >= plan.num_buckets
         buckets = [
-            _bucket(plan, plan.apply, rows, [feed.slots[b % depth]], blocks, undisturbed=staged)
-            for b, rows in enumerate(_bounds(plan))
+            bucket_of(plan, plan.apply, rows, [feed.slots[b % depth]], blocks, undisturbed=staged)
+            for b, rows in enumerate(bounds_of(plan))
         ]
         self._buckets = buckets
         # No stage refers to this object: engines may never collect cycles, and slots are large.
         self._pipeline = RingPipeline(
             [
                 PipelineStage(feed.name, feed.fetch),
-                PipelineStage("stage", lambda bucket, _slot: buckets[bucket].opaque.run()),
+                PipelineStage("stage", lambda bucket, _slot: buckets[bucket].run_early(STAGE_COPY_S)),
             ],
             plan.num_buckets,
             depth,
@@ -273,12 +139,6 @@ class RingDelivery:
             plan.bucket_bytes.tolist(),
         )
         self._released = 0
-
-    def _stage_opaque(self, number: int) -> None:
-        """Copy what the loader will get out of a slot; done when this returns, as the slot may be given back."""
-        program = self._buckets[number].opaque
-        program.run()
-        program.finish(STAGE_COPY_S)
 
     def stage(self, deadline_s: float) -> None:
         """Fill as many slots as there are."""
@@ -330,58 +190,3 @@ def check_deadline(limit: float, deadline_s: float) -> float:
         message = f"the commit did not end within {deadline_s:.1f} s"
         raise TransferTimeoutError(message, phase="commit")
     return left
-
-
-def tcp_feed(
-    plan: TransferPlan,
-    holders: Sequence[HolderAddress],
-    transport: Transport,
-    deadline_s: float,
-    *,
-    pinned: bool,
-) -> Feed:
-    """Return a feed that reads each bucket's bytes over `transport` into memory of this worker.
-
-    `pinned` slots are page-locked: a GPU copies out of them.
-    """
-    for number, segment in enumerate(plan.segments):
-        transport.open(holders[int(plan.segment_holder[number])], segment, deadline_s)
-    size, depth = plan.ring.slot_bytes, plan.ring.depth
-    slots = [_slot(size, pinned=pinned) for _ in range(depth)]
-
-    def fetch(bucket: int, slot: int) -> None:
-        rows = plan.fill.take(slice(int(plan.fill_starts[bucket]), int(plan.fill_starts[bucket + 1])))
-        transport.wait(transport.submit(rows, plan.segments, [slots[slot]]), deadline_s)
-
-    return Feed("read", slots, fetch, lambda _count: None, lambda: None)
-
-
-def _slot(num_bytes: int, *, pinned: bool) -> torch.Tensor:
-    if pinned:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    return allocate_bytes(num_bytes, torch.device("cpu"))
-
-
-def broadcast_feed(
-    plan: TransferPlan, ring: MappedSegment, signals: RingSignals, receiver: int, deadline_s: float
-) -> Feed:
-    """Return a feed that waits for the broadcasting holder of this host to fill its slots; it closes `ring`."""
-    size = plan.ring.slot_bytes
-    slots = [ring.tensor[slot * size : (slot + 1) * size] for slot in range(plan.ring.depth)]
-    closed = threading.Event()
-
-    def check_open() -> None:
-        if closed.is_set():
-            raise TransportClosedError("the ring was closed")
-
-    def close() -> None:
-        closed.set()
-        ring.close()
-
-    return Feed(
-        "arrive",
-        slots,
-        lambda bucket, _slot: signals.wait_filled(bucket + 1, deadline_s, check_open),
-        lambda count: signals.applied(receiver, count),
-        close,
-    )

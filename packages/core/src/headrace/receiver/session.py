@@ -26,15 +26,9 @@ from headrace.plan import MAPPED_MODES
 from headrace.planner import receiver_digests
 from headrace.protocols import Ticket
 from headrace.receiver.blocks import Destinations, write_fills
-from headrace.receiver.delivery import (
-    POPULATE_CHUNK_BYTES,
-    Delivery,
-    Differences,
-    DirectDelivery,
-    RingDelivery,
-    broadcast_feed,
-    tcp_feed,
-)
+from headrace.receiver.buckets import Differences
+from headrace.receiver.delivery import POPULATE_CHUNK_BYTES, Delivery, DirectDelivery, RingDelivery
+from headrace.receiver.feeds import broadcast_feed, tcp_feed
 from headrace.recipe import LoadRecipe
 from headrace.segments.lending import borrow, probe
 

@@ -1,0 +1,83 @@
+"""Feeds: where a ring's buckets come from, over a transport or out of a broadcasting holder's ring."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headrace.errors import TransportClosedError
+from headrace.manifest import HolderAddress
+from headrace.pipeline import RingSignals
+from headrace.plan import TransferPlan
+from headrace.protocols import Transport
+from headrace.receiver.blocks import allocate_bytes
+from headrace.segments.host import MappedSegment
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where a ring's buckets come from: `fetch` blocks until a bucket is in its slot, `release` gives the slot back."""
+
+    name: str
+    slots: Sequence[torch.Tensor]
+    fetch: Callable[[int, int], None]
+    release: Callable[[int], None]
+    close: Callable[[], None]
+
+
+def tcp_feed(
+    plan: TransferPlan,
+    holders: Sequence[HolderAddress],
+    transport: Transport,
+    deadline_s: float,
+    *,
+    pinned: bool,
+) -> Feed:
+    """Return a feed that reads each bucket's bytes over `transport` into memory of this worker.
+
+    `pinned` slots are page-locked: a GPU copies out of them.
+    """
+    for number, segment in enumerate(plan.segments):
+        transport.open(holders[int(plan.segment_holder[number])], segment, deadline_s)
+    size, depth = plan.ring.slot_bytes, plan.ring.depth
+    slots = [_slot(size, pinned=pinned) for _ in range(depth)]
+
+    def fetch(bucket: int, slot: int) -> None:
+        rows = plan.fill.take(slice(int(plan.fill_starts[bucket]), int(plan.fill_starts[bucket + 1])))
+        transport.wait(transport.submit(rows, plan.segments, [slots[slot]]), deadline_s)
+
+    return Feed("read", slots, fetch, lambda _count: None, lambda: None)
+
+
+def _slot(num_bytes: int, *, pinned: bool) -> torch.Tensor:
+    if pinned:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return allocate_bytes(num_bytes, torch.device("cpu"))
+
+
+def broadcast_feed(
+    plan: TransferPlan, ring: MappedSegment, signals: RingSignals, receiver: int, deadline_s: float
+) -> Feed:
+    """Return a feed that waits for the broadcasting holder of this host to fill its slots; it closes `ring`."""
+    size = plan.ring.slot_bytes
+    slots = [ring.tensor[slot * size : (slot + 1) * size] for slot in range(plan.ring.depth)]
+    closed = threading.Event()
+
+    def check_open() -> None:
+        if closed.is_set():
+            raise TransportClosedError("the ring was closed")
+
+    def close() -> None:
+        closed.set()
+        ring.close()
+
+    return Feed(
+        "arrive",
+        slots,
+        lambda bucket, _slot: signals.wait_filled(bucket + 1, deadline_s, check_open),
+        lambda count: signals.applied(receiver, count),
+        close,
+    )
