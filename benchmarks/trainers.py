@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import msgspec
 import torch
@@ -78,7 +79,8 @@ def step_section(name: str, run: Run, ranks: Sequence[Measured], nice: int) -> S
     """Return what updates in the background add to a step."""
     first = ranks[0]
     without, idle, beside = (_spread(steps) for steps in (first.without, first.idle, first.beside))
-    added = Spread.of([b.seconds - a.seconds for a, b in zip(first.idle, first.beside, strict=True)])
+    differences = [b.seconds - a.seconds for a, b in zip(first.idle, first.beside, strict=True)]
+    added = Spread.of(differences)
     copy_s = max(Spread.of(rank.copy).median for rank in ranks)
     room_s = TARGET_SHARE * idle.median + copy_s
     hook_s = sum(_more(rank, lambda step: step.hook_cpu_s) for rank in ranks)
@@ -88,17 +90,18 @@ def step_section(name: str, run: Run, ranks: Sequence[Measured], nice: int) -> S
         ("a step with a hook, nothing to publish", idle.ms()),
         ("the next one, beside an update", beside.ms()),
         ("added, step by step", added.ms()),
-        (f"to reach: {TARGET_SHARE:.0%} of a step and the copy", f"{room_s * 1e3:.1f}"),
+        (f"the same, mean of {len(differences)} pairs of steps", f"{mean(differences) * 1e3:.1f}"),
         ("of it held up by the fence", Spread.of([step.held_s for step in first.beside]).ms()),
+        (f"to reach: {TARGET_SHARE:.0%} of a step and the copy", f"{room_s * 1e3:.1f}"),
         ("one plain copy of the rank's shard with the cast, ranks at once", f"{copy_s * 1e3:.1f}"),
         ("processor time of an update: the hook in all ranks (copy, digests, plan)", f"{hook_s * 1e3:.0f}"),
         ("processor time of an update: the engine", f"{engine_s * 1e3:.0f}"),
     )
-    priority, pairs = f" of niceness {nice}" if nice else "", len(first.beside)
+    priority = f" of niceness {nice}" if nice else ""
     own_s, share = hook_s / len(ranks), engine_s / (hook_s + engine_s)
     notes = (
-        f"Added: {added.median / idle.median:+.1%} of a step, over {pairs} pairs of steps; {os.cpu_count()} cores for "
-        f"{len(ranks)} ranks and {NUM_WORKERS} workers{priority}.",
+        f"Added: {added.median / idle.median:+.1%} of a step; {os.cpu_count()} cores for {len(ranks)} ranks and "
+        f"{NUM_WORKERS} workers{priority}.",
         f"{share:.0%} of an update's processor time is the engine's, which elsewhere has cores of its own; the hook's "
         f"is {own_s * 1e3:.0f} ms per rank, {own_s / idle.median:.1%} of a step.",
         _late(first),
