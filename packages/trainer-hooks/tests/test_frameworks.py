@@ -1,9 +1,8 @@
-"""Hugging Face's Trainer, Accelerate and Lightning, each in its own idiom, into a real engine."""
+"""Hugging Face's Trainer and Accelerate, each in its own idiom, into a real engine."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import pytest
 pytest.importorskip("transformers", reason="trainers and the embedded engine need transformers")
 pytest.importorskip("accelerate", reason="the session `trainers` of nox installs Accelerate")
 
-import torch
-from framework_runs import FLOAT, examples, gathered, hugging_face
-from trainer_world import ODD, batch, compare, join, join_by_environment, load, optimizer_of
+from framework_runs import FLOAT, hugging_face
+from trainer_world import ODD, batch, compare, gathered, join, join_by_environment, load, optimizer_of
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
@@ -113,54 +111,3 @@ def with_accelerate(rank: int, world_size: int, port: int, url: str, folder: Pat
 @pytest.mark.timeout(150)
 def test_accelerate(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
     run_ranks(with_accelerate, 2, 100, free_port(), engine.url, folder, tmp_path)
-
-
-def with_lightning(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
-    warnings.filterwarnings("ignore", module="lightning")
-    import lightning
-    from lightning.pytorch.loggers import CSVLogger
-
-    from headrace_trainers.lightning import HeadraceCallback
-
-    found: list[str] = []
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = load(folder)
-            self.unused = torch.nn.Linear(2, 2)
-
-        def training_step(self, rows: dict[str, torch.Tensor], _number: int) -> torch.Tensor:
-            return self.model(**rows).loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return optimizer_of(self.model)
-
-        def on_train_batch_end(self, _outputs: Any, _rows: Any, number: int) -> None:
-            if number % 2:
-                found.extend(compare(url, gathered(self.model), FLOAT, FLOAT))
-
-    callback = HeadraceCallback(f"torch={url}", prefix="model.", mode="wait", on_error="raise")
-    logger = CSVLogger(str(out), flush_logs_every_n_steps=1)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=3,
-        callbacks=[callback],
-        logger=logger,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        accumulate_grad_batches=2,
-        log_every_n_steps=1,
-    )
-    trainer.fit(Module(), torch.utils.data.DataLoader(examples(12), batch_size=2))
-    assert found == []
-    assert callback.hook is None
-    assert "headrace/version" in (Path(logger.log_dir) / "metrics.csv").read_text()
-
-
-@pytest.mark.timeout(150)
-def test_lightning(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lightning", reason="the session `trainers` of nox installs Lightning")
-    run_ranks(with_lightning, 1, 100, engine.url, folder, tmp_path)
