@@ -39,6 +39,10 @@ class FillTable:
     def __len__(self) -> int:
         return len(self.block)
 
+    def take(self, rows: np.ndarray) -> FillTable:
+        """Return the selected rows in that order."""
+        return FillTable(self.block[rows], self.base[rows], self.shape[rows], self.strides[rows], self.value[rows])
+
 
 @dataclass(frozen=True)
 class LoadRecipe:

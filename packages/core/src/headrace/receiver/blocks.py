@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from headrace.errors import CapacityError
@@ -85,9 +86,20 @@ def allocate_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def write_fills(fills: FillTable, targets: Sequence[torch.Tensor]) -> None:
-    """Write the loader's constants (vocabulary padding) into live tensors."""
+    """Write the loader's constants (padding of vocabularies and shards) into live tensors."""
+    for place, value in _fill_views(fills, targets):
+        place.fill_(value)
+
+
+def unmet_fills(fills: FillTable, targets: Sequence[torch.Tensor]) -> FillTable:
+    """Return the constants that live tensors do not hold yet: those stand from one version to the next."""
+    unmet = [not bool((place == value).all()) for place, value in _fill_views(fills, targets)]
+    return fills.take(np.flatnonzero(unmet))
+
+
+def _fill_views(fills: FillTable, targets: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, float]]:
     for row in range(len(fills)):
         target = targets[int(fills.block[row])]
         offset = target.storage_offset() + int(fills.base[row])
         shape, strides = fills.shape[row].tolist(), fills.strides[row].tolist()
-        torch.as_strided(target, shape, strides, offset).fill_(float(fills.value[row]))
+        yield torch.as_strided(target, shape, strides, offset), float(fills.value[row])

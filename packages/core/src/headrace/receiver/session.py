@@ -25,11 +25,11 @@ from headrace.pipeline import RingSignals
 from headrace.plan import MAPPED_MODES
 from headrace.planner import receiver_digests
 from headrace.protocols import Ticket
-from headrace.receiver.blocks import Destinations, write_fills
+from headrace.receiver.blocks import Destinations, unmet_fills, write_fills
 from headrace.receiver.buckets import Differences
 from headrace.receiver.delivery import POPULATE_CHUNK_BYTES, Delivery, DirectDelivery, RingDelivery
 from headrace.receiver.feeds import broadcast_feed, tcp_feed
-from headrace.recipe import LoadRecipe
+from headrace.recipe import FillTable, LoadRecipe
 from headrace.segments.lending import borrow, probe
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Session:
         self._targets: Destinations | None = None
         self._pointers: list[int] = []
         self._derived: tuple[str, ...] = ()
+        self._fills = FillTable.empty()
         self._verify = "none"
         self._early: wire.AnyMessage | None = None
         self._handlers: dict[str, dict[type[wire.Message], Callable[..., wire.Message]]] = {
@@ -165,8 +166,9 @@ class Session:
         device = self._backend.identity().device
         targets = self._targets = Destinations.of(recipe, message.plan, self._backend.live_tensors(), device)
         self._pointers = targets.pointers()
-        # Looked up while the engine serves: it takes a walk over all modules.
+        # Looked up while the engine serves: a walk over all modules, and over all padding.
         self._derived = tuple(self._backend.derived())
+        self._fills = unmet_fills(recipe.fills, targets.targets)
         self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
         self._delivery.stage(message.deadline_s)
         self._receiver.keep_mapped(segment.segment_id for segment in message.plan.segments)
@@ -210,7 +212,7 @@ class Session:
         begin = time.monotonic()
         with recorder.span("commit"), self._backend.commit_scope():
             delivery.commit(message.deadline_s, self._writing, compare=self._verify == "full")
-            write_fills(recipe.fills, targets.targets)
+            write_fills(self._fills, targets.targets)
             self._reload(targets)
             self._backend.rederive(self._derived)
             self._device.settle()
