@@ -22,12 +22,14 @@ class SegmentDescriptor:
         kind: `host` (memfd, passed over the holder's unix socket) or `cuda` (CUDA IPC).
         num_bytes: Size of the segment.
         ipc_handle: CUDA IPC handle where kind is `cuda`.
+        device_uuid: The GPU that the memory lies on where kind is `cuda`.
     """
 
     segment_id: str
     num_bytes: int
     kind: SegmentKind = "host"
     ipc_handle: bytes = b""
+    device_uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from headrace.errors import IntegrityError
 from headrace.geometry import dense_strides
-from headrace.plan import CopyTable, TransferPlan, buffered, staged_bytes
+from headrace.plan import MAPPED_MODES, CopyTable, TransferPlan, buffered, staged_bytes
 from headrace.receiver.blocks import allocate_bytes
 from headrace.transports.binding import Program, bind_copies
 from headrace.types import I64, ITEMSIZES
@@ -73,7 +73,7 @@ def bucket_of(
     table = apply.take(live)
     return Bucket(
         opaque=bind_copies(apply.take(rows[is_opaque]), sources, blocks),
-        live=bind_copies(table, sources, blocks, undisturbed=undisturbed),
+        live=bind_copies(table, sources, blocks, undisturbed=undisturbed, peers=_on_peers(plan, blocks)),
         live_rows=live,
         num_bytes=_live_bytes(table),
     )
@@ -108,7 +108,19 @@ def mapped_bucket(
         src_strides=_with(plan.apply.src_strides, rows, strides),
     )
     bucket = bucket_of(plan, apply, bounds, [*sources, buffer], blocks, undisturbed=True)
-    return replace(bucket, staged=bind_copies(fill, sources, [buffer], gentle=True), staged_rows=rows)
+    staged = bind_copies(fill, sources, [buffer], gentle=True, peers=_on_peers(plan, blocks))
+    return replace(bucket, staged=staged, staged_rows=rows)
+
+
+def _on_peers(plan: TransferPlan, blocks: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Return which sources of a plan that maps them lie on another GPU than the worker's."""
+    device = next((block.device for block in blocks if block.is_cuda), None)
+    if device is None or plan.ring.mode not in MAPPED_MODES:
+        return frozenset()
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    return frozenset(
+        i for i, segment in enumerate(plan.segments) if segment.kind == "cuda" and segment.device_uuid != own
+    )
 
 
 def _with(column: np.ndarray, rows: I64, values: np.ndarray | int) -> np.ndarray:

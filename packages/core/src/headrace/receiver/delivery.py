@@ -12,12 +12,11 @@ from headrace.errors import ApplyError, TransferTimeoutError
 from headrace.manifest import HolderAddress
 from headrace.pipeline import PipelineStage, RingPipeline
 from headrace.plan import TransferPlan
-from headrace.receiver.buckets import Bucket, Differences, bounds_of, bucket_of, mapped_bucket
+from headrace.receiver.buckets import Bucket, Differences, bounds_of, bucket_of
 from headrace.receiver.feeds import Feed
+from headrace.receiver.mapped import MappedMemory
 from headrace.telemetry import Recorder
-from headrace.transports.memory import MemoryTransport
 
-POPULATE_CHUNK_BYTES = 16 << 20
 STAGE_COPY_S = 60.0
 
 
@@ -50,14 +49,14 @@ class DirectDelivery:
         self,
         plan: TransferPlan,
         holders: Sequence[HolderAddress],
-        transport: MemoryTransport,
+        memory: MappedMemory,
         blocks: list[torch.Tensor],
         differences: Differences,
         recorder: Recorder,
     ) -> None:
         self._plan = plan
         self._holders = holders
-        self._transport = transport
+        self._memory = memory
         self._blocks = blocks
         self._differences = differences
         self._recorder = recorder
@@ -67,15 +66,9 @@ class DirectDelivery:
         """Map the holders' segments, touch or page-lock them in chunks, and build the copies' views."""
         on_gpu = any(block.is_cuda for block in self._blocks)
         with self._recorder.span("map"):
-            for number, segment in enumerate(self._plan.segments):
-                holder = self._holders[int(self._plan.segment_holder[number])]
-                self._transport.open(holder, segment, deadline_s)
-                self._transport.mapping(segment.segment_id).prepare(POPULATE_CHUNK_BYTES, pin=on_gpu)
-        sources = [self._transport.mapped(segment.segment_id) for segment in self._plan.segments]
-        # A GPU is given everything in one go: its copies run on while the next ones are handed over.
-        bounds = [(0, len(self._plan.apply))] if on_gpu else bounds_of(self._plan)
+            self._memory.open(self._plan, self._holders, deadline_s, pin=on_gpu)
         with self._recorder.span("build"):
-            self._buckets = [mapped_bucket(self._plan, b, sources, self._blocks) for b in bounds]
+            self._buckets = self._memory.bind(self._plan, self._blocks)
         with self._recorder.span("stage"):
             for bucket in self._buckets:
                 bucket.run_early(deadline_s)
@@ -95,7 +88,7 @@ class DirectDelivery:
                     self._differences.check(bucket)
 
     def close(self) -> None:
-        """Drop the views; mappings stay with the transport for the next version."""
+        """Forget the copies; mappings and what is bound to them stay for the next version."""
         self._buckets = []
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Iterable
 
 from headrace import wire
 from headrace.control.dialer import Dialer
 from headrace.errors import HeadraceError, WeightsState
 from headrace.protocols import InferenceBackend, Ticket, Transport
 from headrace.receiver.devices import WorkerDevice
+from headrace.receiver.mapped import MappedMemory
 from headrace.receiver.recipes import RecipeBook
 from headrace.receiver.session import Session
 from headrace.registry import load
 from headrace.telemetry import Recorder
-from headrace.transports.memory import MemoryTransport
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +40,9 @@ class Receiver:
         self.pending_version: int | None = None
         self.recorder = Recorder(f"receiver {backend.identity().worker}")
         self.recipes = RecipeBook(backend, self.recorder)
-        self.memory = MemoryTransport()
+        self.memory = MappedMemory()
         self.device = WorkerDevice(backend.identity().device)
         self._transports: dict[str, Transport] = {}
-        self._recent: deque[frozenset[str]] = deque(maxlen=2)
         self._session: Session | None = None
         self._lock = threading.Lock()
         self.turn = threading.Lock()
@@ -89,16 +86,12 @@ class Receiver:
             self._transports[name] = load("headrace.transports", name)()
         return self._transports[name]
 
-    def keep_mapped(self, segment_ids: Iterable[str]) -> None:
-        """Drop mappings that neither this update nor the one before uses: holders alternate between two sets."""
-        self._recent.append(frozenset(segment_ids))
-        self.memory.retain(frozenset().union(*self._recent))
-
     def close(self) -> None:
         """Leave a running update (it fails) and release mappings; idempotent."""
         if self._session is not None:
             self._session.leave()
-        for transport in (self.memory, *self._transports.values()):
+        self.memory.close()
+        for transport in self._transports.values():
             transport.close()
 
     def _tell_busy(self, ticket: Ticket, holder: str) -> None:

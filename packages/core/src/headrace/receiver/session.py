@@ -27,8 +27,9 @@ from headrace.planner import receiver_digests
 from headrace.protocols import Ticket
 from headrace.receiver.blocks import Destinations, unmet_fills, write_fills
 from headrace.receiver.buckets import Differences
-from headrace.receiver.delivery import POPULATE_CHUNK_BYTES, Delivery, DirectDelivery, RingDelivery
+from headrace.receiver.delivery import Delivery, DirectDelivery, RingDelivery
 from headrace.receiver.feeds import broadcast_feed, tcp_feed
+from headrace.receiver.mapped import POPULATE_CHUNK_BYTES
 from headrace.recipe import FillTable, LoadRecipe
 from headrace.segments.lending import borrow, probe
 
@@ -171,7 +172,7 @@ class Session:
         self._fills = unmet_fills(recipe.fills, targets.targets)
         self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
         self._delivery.stage(message.deadline_s)
-        self._receiver.keep_mapped(segment.segment_id for segment in message.plan.segments)
+        self._receiver.memory.keep(message.plan)
         self._state = "staged"
         return wire.Staged(spans=tuple(self._receiver.recorder.drain()))
 

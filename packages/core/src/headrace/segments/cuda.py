@@ -37,7 +37,8 @@ class CudaSegment:
             )
             raise ConfigError(message, name="expandable_segments") from error
         identity = hashlib.sha256(f"{salt}{self.address}{num_bytes}".encode() + handle).hexdigest()[:32]
-        self.descriptor = SegmentDescriptor(identity, num_bytes, "cuda", handle)
+        uuid = str(torch.cuda.get_device_properties(cuda_runtime().device_of(address)).uuid)
+        self.descriptor = SegmentDescriptor(identity, num_bytes, "cuda", handle, uuid)
 
     @property
     def tensor(self) -> torch.Tensor:

@@ -39,6 +39,7 @@ def bind_copies(
     *,
     undisturbed: bool = False,
     gentle: bool = False,
+    peers: frozenset[int] = frozenset(),
 ) -> Program:
     """Return a program for `copies`; see CopyProgram and CudaProgram for the arguments.
 
@@ -51,4 +52,4 @@ def bind_copies(
         return CopyProgram(copies, sources, destinations, undisturbed=undisturbed)
     from headrace.transports.cuda_program import CudaProgram  # noqa: PLC0415 - hosts without a GPU do without
 
-    return CudaProgram(copies, sources, destinations, device, gentle=gentle)
+    return CudaProgram(copies, sources, destinations, device, gentle=gentle, peers=peers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class CudaProgram:
             `PIN_CHUNK_BYTES` from the begin of their storage, or as a whole.
         destinations: What `dst_block` indexes, see CopyProgram; those in use lie on one GPU or on the host.
         device: That GPU.
+        peers: Sources that lie on other GPUs, as an address that CUDA IPC has mapped here does not tell.
         gentle: The GPU computes meanwhile: leave as much as possible to the copy engines, which disturb it least.
 
     Raises:
@@ -76,8 +78,10 @@ class CudaProgram:
         device: torch.device,
         *,
         gentle: bool = False,
+        peers: frozenset[int] = frozenset(),
     ) -> None:
         self._device = device
+        self._peers = peers
         self._least_row = 1 if gentle else ENGINE_ROW_BYTES
         self._least = 1 if gentle else ENGINE_BYTES
         self._memory = (tuple(sources), tuple(destinations))
@@ -104,6 +108,7 @@ class CudaProgram:
             exact, blocks.unit[:, 0], _CAST + copies.src_dtype.astype(np.int64) * 256 + copies.dst_dtype
         )
         far = per_block(copies.src_block, sources, lambda s: s.device != self._device)[copies.src_block] != 0
+        far |= np.isin(copies.src_block, tuple(self._peers))
         engine = exact & far & blocks.flat & (blocks.num_bytes >= self._least)
         engine &= blocks.contiguous | (blocks.row_bytes >= self._least_row)
         origins = per_block(copies.src_block, sources, lambda s: s.untyped_storage().data_ptr())
@@ -124,6 +129,7 @@ class CudaProgram:
 
     def _launch(self, blocks: Blocks, group: int) -> _Launch:
         table, tiles = _table(blocks)
+        _compile(_types(group // 2), 2 if group % 2 else 3, self._device)
         return _Launch(
             torch.from_numpy(table).to(self._device),
             torch.from_numpy(tiles).to(self._device),
@@ -142,10 +148,11 @@ class CudaProgram:
             current = torch.cuda.current_stream(self._device)
             if self._stream is not None:
                 self._stream.wait_stream(current)
-                self._run_engines(self._stream.cuda_stream)
+            # Kernels first: the GPU is at work on them while the copy engines are given their pieces one by one.
             for launch in self._kernels:
                 _copy(launch)
             if self._stream is not None:
+                self._run_engines(self._stream.cuda_stream)
                 current.wait_stream(self._stream)
             self._others.run()
 
@@ -237,6 +244,13 @@ def _copy(launch: _Launch) -> None:
         BLOCK=PIECE_UNITS,
         DIMS=launch.dims,
     )
+
+
+@lru_cache
+def _compile(types: tuple[str, str], dims: int, device: torch.device) -> None:
+    """Have the kernel compiled now, by a launch that copies nothing: the first commit must not wait for it."""
+    nothing = torch.tensor([[0, 0, 0, 1, 1, *[0] * 7]], device=device)
+    _copy(_Launch(nothing, torch.zeros(1, dtype=torch.int32, device=device), types, dims))
 
 
 def _compare(launch: _Launch, different: torch.Tensor) -> None:

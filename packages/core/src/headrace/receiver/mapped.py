@@ -1,0 +1,76 @@
+"""MappedMemory: holders' memory in this worker's address space, and the copies out of it that are bound already."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from headrace.manifest import HolderAddress
+from headrace.plan import TransferPlan
+from headrace.receiver.buckets import Bucket, bounds_of, mapped_bucket
+from headrace.transports.memory import MemoryTransport
+
+POPULATE_CHUNK_BYTES = 16 << 20
+_KEPT_PLANS = 2
+
+_Key = tuple[str, tuple[str, ...], tuple[tuple[int, int], ...]]
+
+
+class MappedMemory:
+    """Keeps mappings over updates, and buckets: holders alternate between two sets of segments, plans stay.
+
+    Call order, per update: 1. `open`. 2. `bind`. 3. `keep`. And `close` in the end.
+    """
+
+    def __init__(self) -> None:
+        self._transport = MemoryTransport()
+        self._recent: deque[frozenset[str]] = deque(maxlen=_KEPT_PLANS)
+        self._bound: dict[_Key, list[Bucket]] = {}
+
+    def open(
+        self, plan: TransferPlan, holders: Sequence[HolderAddress], deadline_s: float, *, pin: bool
+    ) -> None:
+        """Map a plan's segments and touch their pages, or page-lock them, in chunks."""
+        for number, segment in enumerate(plan.segments):
+            holder = holders[int(plan.segment_holder[number])]
+            self._transport.open(holder, segment, deadline_s)
+            self._transport.mapping(segment.segment_id).prepare(POPULATE_CHUNK_BYTES, pin=pin)
+
+    def bind(self, plan: TransferPlan, blocks: list[torch.Tensor]) -> list[Bucket]:
+        """Return the plan's buckets, bound to mappings and `blocks`; those of an earlier update where both are as then.
+
+        Those that stage through a buffer, or fill what the engine's loader gets, live for one update only.
+        """
+        key = (
+            plan.key,
+            tuple(segment.segment_id for segment in plan.segments),
+            tuple((block.data_ptr(), block.numel()) for block in blocks),
+        )
+        found = self._bound.get(key)
+        if found is None:
+            found = self._make(plan, blocks)
+            if len(blocks) == plan.num_targets and all(bucket.staged is None for bucket in found):
+                self._bound[key] = found
+        return found
+
+    def keep(self, plan: TransferPlan) -> None:
+        """Drop what neither this plan nor the one before uses."""
+        self._recent.append(frozenset(segment.segment_id for segment in plan.segments))
+        kept = frozenset().union(*self._recent)
+        fresh = [key for key in self._bound if key[0] == plan.key and kept.issuperset(key[1])]
+        self._bound = {key: self._bound[key] for key in fresh[-_KEPT_PLANS:]}
+        self._transport.retain(kept)
+
+    def close(self) -> None:
+        """Drop all mappings; idempotent."""
+        self._bound.clear()
+        self._transport.close()
+
+    def _make(self, plan: TransferPlan, blocks: list[torch.Tensor]) -> list[Bucket]:
+        sources = [self._transport.mapped(segment.segment_id) for segment in plan.segments]
+        # A GPU is given everything in one go: its copies run on while the next ones are handed over.
+        on_gpu = any(block.is_cuda for block in blocks)
+        bounds = [(0, len(plan.apply))] if on_gpu else bounds_of(plan)
+        return [mapped_bucket(plan, each, sources, blocks) for each in bounds]

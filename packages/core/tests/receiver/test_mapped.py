@@ -1,0 +1,85 @@
+"""What is bound to mapped memory stays as long as plan, mappings and destinations do, and no longer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headrace.config import host_settings
+from headrace.manifest import HolderAddress
+from headrace.plan import CopyTable, Ring, TransferPlan
+from headrace.receiver.mapped import MappedMemory
+from headrace.segments.host import HostSegment
+from headrace.segments.lending import Lender
+from headrace.testing.copies import CopyRow, table_of
+from headrace.types import I32
+
+SIZE = 64
+DEADLINE_S = 5.0
+
+
+@pytest.fixture
+def lender(tmp_path: Path) -> Iterator[Lender]:
+    made = Lender(host_settings({"HEADRACE_SOCKET_DIR": str(tmp_path)}))
+    made.start()
+    yield made
+    made.close()
+
+
+def plan_of(segment: HostSegment, key: str = "plan") -> TransferPlan:
+    row = CopyRow(shape=(SIZE,), src_strides=(1,), dst_strides=(1,), src_dtype="uint8", dst_dtype="uint8")
+    none = np.zeros(0, np.int64)
+    first: I32 = np.zeros(1, np.int32)
+    return TransferPlan(
+        "direct", "memory", "why", (segment.descriptor,), first, CopyTable.empty(), np.zeros(2, np.int64),
+        table_of([row]), np.array([0, 1]), first, none, none.astype(np.int32), 1, SIZE, Ring("none", 0, 0, ""), key,
+    )  # fmt: skip
+
+
+def test_buckets_are_bound_once_for_each_set_of_segments(lender: Lender) -> None:
+    memory, live = MappedMemory(), torch.zeros(SIZE, dtype=torch.uint8)
+    sets = [HostSegment(SIZE, name) for name in ("one", "other")]
+    holder = HolderAddress("h", lender.unix_socket)
+    seen = []
+    for turn in range(6):
+        segment = sets[turn % 2]
+        segment.tensor.fill_(turn + 1)
+        if turn < 2:
+            lender.lend(segment)
+        memory.open(plan_of(segment), [holder], DEADLINE_S, pin=False)
+        (bucket,) = memory.bind(plan_of(segment), [live])
+        memory.keep(plan_of(segment))
+        bucket.live.run()
+        assert (live == turn + 1).all()
+        seen.append(bucket)
+    assert seen[2:] == seen[:2] * 2
+    memory.close()
+
+
+@pytest.mark.parametrize("changed", ["plan", "destination", "segment"])
+def test_what_changes_is_bound_anew(lender: Lender, changed: str) -> None:
+    memory, live = MappedMemory(), torch.zeros(SIZE, dtype=torch.uint8)
+    segment, other = HostSegment(SIZE, "one"), HostSegment(SIZE, "other")
+    holder = HolderAddress("h", lender.unix_socket)
+    for one in (segment, other):
+        lender.lend(one)
+    first, second = plan_of(segment), plan_of(other if changed == "segment" else segment, "changed")
+    if changed != "plan":
+        second = replace(second, key=first.key)
+    target = torch.zeros(SIZE, dtype=torch.uint8) if changed == "destination" else live
+    memory.open(first, [holder], DEADLINE_S, pin=False)
+    bound = memory.bind(first, [live])
+    memory.keep(first)
+    memory.open(second, [holder], DEADLINE_S, pin=False)
+    again = memory.bind(second, [target])
+    assert again is not bound
+    other.tensor.fill_(9)
+    segment.tensor.fill_(9)
+    again[0].live.run()
+    assert (target == 9).all()
+    memory.close()
