@@ -26,7 +26,7 @@ from headrace.errors import (
     UpdateFailedError,
 )
 from headrace.holder import Holder, HolderTicket
-from headrace.manifest import Manifest
+from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SteppedSource, WeightSource
 from headrace.segments.folders import sweep
 from headrace.server.switchboard import Peer, Switchboard, ask_all
@@ -123,6 +123,11 @@ class HolderPool:
             if process.poll() not in (None, 0):
                 text = f"a holder process ended with code {process.returncode} before it was up; see its messages"
                 raise PeerLostError(text, phase="read")
+
+    @property
+    def addresses(self) -> tuple[HolderAddress, ...]:
+        """How to reach the holders' memory, by index; empty before they have published anything."""
+        return tuple(manifest.holder for manifest in self.published)
 
     def publish(
         self, version: int, deadlines: Deadlines, progress: ProgressCallback | None = None
@@ -231,6 +236,7 @@ class HolderPool:
             thread.join(max(0.0, limit - time.monotonic()))
         self._switchboard.forget(self.peers)
         self._processes, self._threads, self.peers, self._known, self.newest = [], [], [], {}, None
+        self.published = []
         sweep(self._host.socket_dir)
 
     def _ticket(self, index: int) -> HolderTicket:

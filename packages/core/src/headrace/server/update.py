@@ -22,7 +22,7 @@ from headrace.errors import (
     LocalProtocolError,
     ManifestMismatchError,
 )
-from headrace.manifest import Manifest
+from headrace.manifest import HolderAddress, Manifest
 from headrace.plan import UpdatePlan
 from headrace.planner import Planner, ReceiverNeeds, planned_rows
 from headrace.protocols import EngineControl, Ticket
@@ -84,6 +84,7 @@ class Update:
         self._needs: list[ReceiverNeeds] = []
         self._needs_by_key: dict[FailureKey, ReceiverNeeds] = {}
         self._broadcast: BroadcastRun | None = None
+        self._asked = False
         self._calls = ThreadPoolExecutor(max_workers=2 * len(controls), thread_name_prefix="headrace-engine")
 
     @property
@@ -104,8 +105,8 @@ class Update:
         """
         with self._ending():
             peers = self._enrol()
-            manifests = self._publish(len(peers))
-            self._describe(peers, manifests)
+            manifests = self._publish(peers)
+            self._describe(peers, [manifest.holder for manifest in manifests])
             plan = self._make_plan(manifests)
             self._fill(plan, manifests)
             self._stage(plan, manifests)
@@ -119,8 +120,8 @@ class Update:
         """
         with self._ending():
             peers = self._enrol()
-            manifests = self._publish(len(peers))
-            self._describe(peers, manifests)
+            manifests = self._publish(peers)
+            self._describe(peers, [manifest.holder for manifest in manifests])
             plan = self._make_plan(manifests)
             self._take_back(HeadraceError("only the plan was asked for"))
             return plan, manifests
@@ -194,28 +195,35 @@ class Update:
         text = f"worker {busy.worker} is taken by update {busy.busy_with}; wait for its end and try again"
         raise LocalProtocolError(text, phase="enrol", retryable=True)
 
-    def _publish(self, num_receivers: int) -> list[Manifest]:
-        count = self._num_holders or (num_receivers if self._settings.route == "broadcast" else 1)
+    def _publish(self, peers: Sequence[Peer]) -> list[Manifest]:
+        """Have the holders read; receivers describe themselves meanwhile where the holders' addresses are known."""
+        count = self._num_holders or (len(peers) if self._settings.route == "broadcast" else 1)
         holders = self._kept.holders
         with self._phase("read"):
             holders.ensure(count)
+            if holders.addresses:
+                self._ask(peers, holders.addresses)
             return holders.publish(self.version, self._settings.deadlines, self._progress)
 
-    def _describe(self, peers: Sequence[Peer], manifests: Sequence[Manifest]) -> None:
-        metas = self._metas()
-        holders, known = tuple(manifest.holder for manifest in manifests), tuple(self._kept.recipes)
+    def _ask(
+        self, peers: Sequence[Peer], holders: Sequence[HolderAddress], metas: ParamTable | None = None
+    ) -> None:
+        """Ask receivers what they need; `metas` for those that do not know the source's parameters."""
+        key, known = self._metas().key, tuple(self._kept.recipes)
+        message = wire.Describe(metas_key=key, metas=metas, holders=tuple(holders), known_recipes=known)
+        for peer in peers:
+            peer.send(message)
+        self._asked = True
+
+    def _describe(self, peers: Sequence[Peer], holders: Sequence[HolderAddress]) -> None:
         errors: dict[FailureKey, HeadraceError] = {}
         with self._phase("describe"):
-            for peer in peers:
-                peer.send(
-                    wire.Describe(metas_key=metas.key, metas=None, holders=holders, known_recipes=known)
-                )
-            full = wire.Describe(metas_key=metas.key, metas=metas, holders=holders, known_recipes=known)
-            wanting = [peer for peer in peers if self._wants_metas(peer, errors, manifests)]
+            if not self._asked:
+                self._ask(peers, holders)
+            wanting = [peer for peer in peers if self._wants_metas(peer, errors, holders)]
+            self._ask(wanting, holders, self._metas())
             for peer in wanting:
-                peer.send(full)
-            for peer in wanting:
-                self._wants_metas(peer, errors, manifests)
+                self._wants_metas(peer, errors, holders)
         for instance in self.instances:
             instance.members.sort(key=lambda member: member.peer.key)
         if errors:
@@ -223,7 +231,7 @@ class Update:
         self._needs = [self._needs_by_key[member.peer.key] for member in self.members]
 
     def _wants_metas(
-        self, peer: Peer, errors: dict[FailureKey, HeadraceError], manifests: Sequence[Manifest]
+        self, peer: Peer, errors: dict[FailureKey, HeadraceError], holders: Sequence[HolderAddress]
     ) -> bool:
         """Take one answer to Describe; True where the receiver asks for the source's parameters first."""
         try:
@@ -232,11 +240,11 @@ class Update:
             errors[peer.key] = error
             return False
         if isinstance(answer, wire.Described):
-            self._note_needs(peer, answer, manifests)
+            self._note_needs(peer, answer, holders)
         return isinstance(answer, wire.NeedMetas)
 
-    def _note_needs(self, peer: Peer, answer: wire.Described, manifests: Sequence[Manifest]) -> None:
-        index = {manifest.holder.holder_id: i for i, manifest in enumerate(manifests)}
+    def _note_needs(self, peer: Peer, answer: wire.Described, holders: Sequence[HolderAddress]) -> None:
+        index = {holder.holder_id: i for i, holder in enumerate(holders)}
         recipe = self._kept.recipes.get(answer.recipe_key) if answer.recipe is None else answer.recipe
         if recipe is None:
             text = f"{peer.key} names recipe {answer.recipe_key}, which nobody sent"
