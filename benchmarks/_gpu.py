@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Self
 
 import numpy as np
 import torch
@@ -202,6 +203,33 @@ def device_peak(backend: InferenceBackend, _receiver: object) -> int:
     peak = torch.cuda.max_memory_allocated() - live
     torch.cuda.reset_peak_memory_stats()
     return peak
+
+
+class MemoryWatch:
+    """Watches the first GPU from outside: the most memory in use beside what was at the begin. Use as a context."""
+
+    def __init__(self) -> None:
+        self._before = _used_bytes()
+        self.most_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.most_bytes = max(self.most_bytes, _used_bytes() - self._before)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(5.0)
+
+
+def _used_bytes() -> int:
+    free, total = torch.cuda.mem_get_info(0)
+    return total - free
 
 
 def start_products(_backend: InferenceBackend, _receiver: object) -> None:

@@ -10,14 +10,14 @@ import argparse
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.console import Console
 
-from benchmarks import _gpu
+from benchmarks import _gpu, _peer
 from benchmarks._common import Section, Spread, by_track
 from benchmarks._models import TINY, Model
 from benchmarks.all import report
@@ -67,49 +67,90 @@ def measure_ceilings(engine: BareEngine) -> Ceilings:
     return Ceilings(min(alone), min(together), min(inside))
 
 
-def measure(cases: Sequence[Case], repeats: int) -> tuple[list[tuple[str, ...]], Ceilings]:
+@dataclass
+class Found:
+    """What a series of cases gave: rows of updates, ceilings, rows of checkpoint-engine beside them."""
+
+    rows: list[tuple[str, ...]]
+    ceilings: Ceilings
+    peers: list[tuple[str, ...]] = field(default_factory=list)
+
+
+def measure(cases: Sequence[Case], repeats: int, buckets_gb: Sequence[int | None]) -> Found:
     """Measure cases of one model and world size with one engine; checks every byte after the last update of each.
+
+    checkpoint-engine updates the same engine afterwards, where it is installed, once for each size of bucket.
 
     Raises:
         SystemExit: A worker does not hold the source's bytes.
     """
     model, world_size = cases[0].model, cases[0].world_size
-    source, rows = _gpu.PoolSource(model), []
+    source = _gpu.PoolSource(model)
     with (
         tempfile.TemporaryDirectory() as cache,
         BareEngine(
             _gpu.gpu_worker, world_size, model, environment={"HEADRACE_RECIPE_CACHE": cache}
         ) as engine,
     ):
-        ceilings = measure_ceilings(engine)
+        found = Found([], measure_ceilings(engine))
+        best_s = float("inf")
         with ParameterServer(source=source) as server:
             for case in cases:
-                rows.append(_measure_case(case, engine, server, source, repeats, ceilings))
-                print("  ".join(rows[-1]), flush=True)
-    return rows, ceilings
+                reports = _update(case, engine, server, source, repeats)
+                if not case.staged:
+                    best_s = min(best_s, median(one.commit_s for one in reports))
+                found.rows.append(_row(case, reports, max(engine.call_all(_gpu.device_peak)), found.ceilings))
+                print("  ".join(found.rows[-1]), flush=True)
+        for bucket_gb in buckets_gb if _peer.is_installed() else ():
+            found.peers.append(_measure_peer(cases[0], engine, bucket_gb, repeats, best_s))
+            print("  ".join(found.peers[-1]), flush=True)
+    return found
 
 
-def _measure_case(
-    case: Case,
-    engine: BareEngine,
-    server: ParameterServer,
-    source: _gpu.PoolSource,
-    repeats: int,
-    ceilings: Ceilings,
-) -> tuple[str, ...]:
+def _update(
+    case: Case, engine: BareEngine, server: ParameterServer, source: _gpu.PoolSource, repeats: int
+) -> list[UpdateReport]:
     reports, budget = [], STAGING_BYTES if case.staged else 0
     engine.call_all(_gpu.poison)
     for _ in range(WARM_UPS + repeats):
         source.version += 1
         engine.call_all(_gpu.device_peak)
         reports.append(server.update(engine.control, route="direct", verify=case.verify, budget_bytes=budget))
-    extra = max(engine.call_all(_gpu.device_peak))
-    for rank, wrong in enumerate(engine.call_all(_gpu.wrong_tensors, source.version)):
+    _check(case.model, engine, source.version)
+    return reports[WARM_UPS:]
+
+
+def _check(model: Model, engine: BareEngine, version: int) -> None:
+    """Compare every byte that workers hold with the version's."""
+    for rank, wrong in enumerate(engine.call_all(_gpu.wrong_tensors, version)):
         if wrong:
-            raise SystemExit(
-                f"{case.model.name}: worker {rank} holds wrong bytes of {len(wrong)}: {wrong[:3]}"
+            raise SystemExit(f"{model.name}: worker {rank} holds wrong bytes of {len(wrong)}: {wrong[:3]}")
+
+
+def _measure_peer(
+    case: Case, engine: BareEngine, bucket_gb: int | None, repeats: int, best_s: float
+) -> tuple[str, ...]:
+    """Let checkpoint-engine update the same workers; `best_s` is what Headrace's copies took."""
+    gathers, updates, version = [], [], 1_000
+    engine.call_all(_gpu.poison)
+    with _peer.Peer(case.model, case.world_size, version, bucket_gb) as peer, _gpu.MemoryWatch() as memory:
+        for _ in range(1 + repeats):
+            gather_s, update_s = peer.update(
+                lambda handles: engine.call_all(_peer.take_buckets, handles)
             )
-    return _row(case, reports[WARM_UPS:], extra, ceilings)
+            gathers.append(gather_s)
+            updates.append(update_s)
+    _check(case.model, engine, version)
+    taken = Spread.of(updates[1:])
+    return (
+        case.model.name,
+        str(case.world_size),
+        "its own" if bucket_gb is None else f"{bucket_gb} GB",
+        Spread.of(gathers[1:]).ms(),
+        taken.ms(),
+        f"{taken.median / best_s:.1f}",
+        f"{memory.most_bytes / (1 << 20):,.0f}",
+    )
 
 
 def _row(case: Case, reports: Sequence[UpdateReport], extra: int, ceilings: Ceilings) -> tuple[str, ...]:
@@ -230,7 +271,7 @@ def measure_disturbance(model: Model, world_size: int) -> tuple[str, ...]:
 
 def sections(repeats: int, names: Sequence[str]) -> list[Section]:
     """Measure what was chosen."""
-    num_gpus, found, rows, tops = torch.cuda.device_count(), [], [], []
+    num_gpus, found, rows, tops, peers = torch.cuda.device_count(), [], [], [], []
     wanted = {
         "dense1": (Case(DENSE, 1), Case(DENSE, 1, staged=True)),
         "dense2": (Case(DENSE, 2), Case(DENSE, 2, verify="digest"), Case(DENSE, 2, staged=True)),
@@ -238,11 +279,18 @@ def sections(repeats: int, names: Sequence[str]) -> list[Section]:
     }
     for name, cases in wanted.items():
         if name in names and cases[0].world_size <= num_gpus:
-            made, top = measure(cases, repeats)
-            rows += made
-            tops.append((cases[0], top))
+            made = measure(cases, repeats, (None, 1) if name == "dense2" else (None,))
+            rows += made.rows
+            peers += made.peers
+            tops.append((cases[0], made.ceilings))
     if rows:
         found += [_ceiling_section(tops), Section("gpu-direct", _title(), COLUMNS, tuple(rows))]
+    if peers:
+        columns = (
+            "model", "GPUs", "bucket", "gather_metas ms", "update ms", "times the copies of direct", "device MiB",
+        )  # fmt: skip
+        title = "checkpoint-engine 0.4.2 on the same workers: its whole update is a stall"
+        found.append(Section("gpu-peer", title, columns, tuple(peers)))
     both = {"colocated": DENSE, "colocated-moe": MOE}
     colocated = [model for name, model in both.items() if name in names and num_gpus > 1]
     if colocated:
