@@ -107,3 +107,10 @@ def test_spans_become_a_trace_that_a_viewer_reads() -> None:
     assert names["copy"]["args"] == {"bytes": 10}
     assert names["thread_name"]["args"] == {"name": "worker"}
     assert recorder.spans == []
+
+
+@pytest.mark.parametrize("text", ["-1", "much", "nan", "inf"])
+def test_reserved_memory_is_a_number_of_gib(text: str) -> None:
+    assert host_settings({"HEADRACE_STAGING_GIB": "1.5"}).staging_bytes == 3 << 29
+    with pytest.raises(ConfigError, match="HEADRACE_STAGING_GIB"):
+        host_settings({"HEADRACE_STAGING_GIB": text})

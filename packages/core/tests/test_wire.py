@@ -24,7 +24,7 @@ def _recipe() -> LoadRecipe:
 
 def test_a_recipe_survives_the_wire() -> None:
     recipe = _recipe()
-    answer = wire.Described(recipe_key="k", recipe=recipe, reachable=("h",), budget_bytes=7, first=True)
+    answer = wire.Described(recipe_key="k", recipe=recipe, reachable=("h",), budget_bytes=7, reserved_bytes=0, first=True)
     back = wire.decode(wire.encode(answer))
     assert isinstance(back, wire.Described)
     assert back.recipe is not None
@@ -75,7 +75,7 @@ def test_garbage_behind_a_good_header_is_refused(body: bytes) -> None:
 @given(st.integers(0, 400), st.integers(0, 255))
 def test_a_damaged_message_is_refused_or_is_a_message(place: int, value: int) -> None:
     header, body = wire.encode(
-        wire.Described(recipe_key="k", recipe=_recipe(), reachable=(), budget_bytes=1, first=False)
+        wire.Described(recipe_key="k", recipe=_recipe(), reachable=(), budget_bytes=1, reserved_bytes=0, first=False)
     )
     damaged = bytearray(body)
     damaged[place % len(damaged)] = value

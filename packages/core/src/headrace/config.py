@@ -101,6 +101,7 @@ class HostSettings:
         mooncake: Whether holders serve their segments through Mooncake as well, which authenticates nobody.
         mooncake_nics: RDMA devices that Mooncake uses; empty for TCP.
         mooncake_cpus: CPUs of Mooncake's helper processes; None leaves them where the system puts them.
+        staging_bytes: GPU memory that an adapter takes for staging before its engine sizes the KV cache.
         recipe_cache: Folder that keeps proven recipes over restarts of an engine; None keeps them in memory.
     """
 
@@ -113,6 +114,7 @@ class HostSettings:
     mooncake_nics: tuple[str, ...] = ()
     mooncake_cpus: frozenset[int] | None = None
     recipe_cache: Path | None = None
+    staging_bytes: int = 0
 
 
 _CPUS = "HEADRACE_MOONCAKE_CPUS"
@@ -145,7 +147,7 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
     """Read the environment: the only place that does.
 
     `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`, `HEADRACE_RECIPE_CACHE`,
-    `HEADRACE_MOONCAKE_CPUS`.
+    `HEADRACE_MOONCAKE_CPUS`, `HEADRACE_STAGING_GIB`.
 
     Raises:
         ConfigError: A value makes no sense; names the variable.
@@ -164,6 +166,23 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
         permitted_uids=permitted,
         bind_host=bind,
         mooncake_cpus=cpu_set(cpus, _CPUS) if (cpus := env.get(_CPUS)) else None,
+        staging_bytes=_staging_bytes(env.get("HEADRACE_STAGING_GIB", "0")),
         recipe_cache=Path(cache) if (cache := env.get("HEADRACE_RECIPE_CACHE")) else None,
         advertise_host=env.get("HEADRACE_ADVERTISE") or ("127.0.0.1" if bind in ("0.0.0.0", "*") else bind),  # noqa: S104
     )
+
+
+def _staging_bytes(text: str) -> int:
+    """Return GiB as bytes.
+
+    Raises:
+        ConfigError: It is no number, or negative.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        message = f"HEADRACE_STAGING_GIB is {text!r}; give GiB as a number, such as 8.5"
+        raise ConfigError(message, name="HEADRACE_STAGING_GIB")
+    return int(number * GIB)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headrace.plan import Ring, RingMode, TransferPlan
+from headrace.receiver.blocks import StagingArea
 from headrace.receiver.buckets import mapped_bucket
 from headrace.testing.copies import CopyRow, table_of
 
@@ -39,7 +40,7 @@ def test_the_bytes_are_the_same_and_what_is_spoiled_is_named(mode: RingMode) -> 
     source = torch.from_numpy(np.random.default_rng(3).integers(0, 256, 768).astype(np.uint8))
     live, opaque = torch.zeros(512, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)
     plan = plan_of(mode)
-    buckets = [mapped_bucket(plan, bounds, [source], [live, opaque]) for bounds in pairwise([0, 2, 4])]
+    buckets = [mapped_bucket(plan, bounds, [source], [live, opaque], StagingArea()) for bounds in pairwise([0, 2, 4])]
     for bucket in buckets:
         bucket.run_early(5)
     assert not live.any()
@@ -60,7 +61,7 @@ def test_the_bytes_are_the_same_and_what_is_spoiled_is_named(mode: RingMode) -> 
 def test_a_spoiled_buffer_is_named_by_its_row() -> None:
     source = torch.from_numpy(np.random.default_rng(4).integers(0, 256, 768).astype(np.uint8))
     blocks = [torch.zeros(512, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)]
-    bucket = mapped_bucket(plan_of("gathered"), (2, 4), [source], blocks)
+    bucket = mapped_bucket(plan_of("gathered"), (2, 4), [source], blocks, StagingArea())
     bucket.run_early(5)
     source[264] ^= 1
     bucket.live.run()

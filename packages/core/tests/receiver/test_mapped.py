@@ -13,6 +13,7 @@ import torch
 from headrace.config import host_settings
 from headrace.manifest import HolderAddress
 from headrace.plan import CopyTable, Ring, TransferPlan
+from headrace.receiver.blocks import StagingArea
 from headrace.receiver.mapped import MappedMemory
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
@@ -42,7 +43,7 @@ def plan_of(segment: HostSegment, key: str = "plan") -> TransferPlan:
 
 
 def test_buckets_are_bound_once_for_each_set_of_segments(lender: Lender) -> None:
-    memory, live = MappedMemory(), torch.zeros(SIZE, dtype=torch.uint8)
+    memory, live = MappedMemory(StagingArea()), torch.zeros(SIZE, dtype=torch.uint8)
     sets = [HostSegment(SIZE, name) for name in ("one", "other")]
     holder = HolderAddress("h", lender.unix_socket)
     seen = []
@@ -63,7 +64,7 @@ def test_buckets_are_bound_once_for_each_set_of_segments(lender: Lender) -> None
 
 @pytest.mark.parametrize("changed", ["plan", "destination", "segment"])
 def test_what_changes_is_bound_anew(lender: Lender, changed: str) -> None:
-    memory, live = MappedMemory(), torch.zeros(SIZE, dtype=torch.uint8)
+    memory, live = MappedMemory(StagingArea()), torch.zeros(SIZE, dtype=torch.uint8)
     segment, other = HostSegment(SIZE, "one"), HostSegment(SIZE, "other")
     holder = HolderAddress("h", lender.unix_socket)
     for one in (segment, other):
@@ -83,3 +84,22 @@ def test_what_changes_is_bound_anew(lender: Lender, changed: str) -> None:
     again[0].live.run()
     assert (target == 9).all()
     memory.close()
+
+
+def test_what_is_staged_in_reserved_memory_stays_bound_and_else_does_not(lender: Lender) -> None:
+    reserved, live = torch.zeros(256, dtype=torch.uint8), torch.zeros(SIZE, dtype=torch.uint8)
+    segment, holder = HostSegment(2 * SIZE, "one"), HolderAddress("h", lender.unix_socket)
+    lender.lend(segment)
+    row = CopyRow(shape=(SIZE // 8, 8), src_strides=(16, 1), dst_strides=(8, 1), src_dtype="uint8", dst_dtype="uint8")
+    plan = replace(plan_of(segment), apply=table_of([row]), ring=Ring("gathered", 0, 0, ""))
+    for area, lasts in ((StagingArea(reserved), True), (StagingArea(reserved[:8]), False), (StagingArea(), False)):
+        memory = MappedMemory(area)
+        memory.open(plan, [holder], DEADLINE_S, pin=False)
+        segment.tensor.random_()
+        first = memory.bind(plan, [live])
+        memory.keep(plan)
+        assert (memory.bind(plan, [live]) is first) == lasts
+        first[0].run_early(DEADLINE_S)
+        first[0].live.run()
+        assert torch.equal(live, segment.tensor.view(-1, 2, 8)[:, 0].flatten())
+        memory.close()

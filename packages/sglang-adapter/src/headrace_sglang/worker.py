@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from headrace.adapter.receivers import receiver_of
+from headrace.adapter.receivers import receiver_of, reserve
 from headrace.adapter.watch import watch
 from headrace_sglang.backend import SglangBackend
 from headrace_sglang.door import ticket_of
@@ -23,6 +23,7 @@ _instances: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 def constructed(model: nn.Module, *_args: object, **_options: object) -> None:
     """Take a model's skeleton: a hook after its construction, before its weights are loaded."""
     watch(model)
+    reserve(model)
 
 
 def started(_result: None, scheduler: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from headrace.adapter.receivers import reserve
 from headrace.adapter.watch import watch
 
 _configs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -62,6 +63,7 @@ def _constructed(model: nn.Module) -> None:
     if not wanted(config):
         return
     watch(model)
+    reserve(model)
     _configs[model] = config
     # A head that equals the embedding would become the same memory, and could never again differ from it.
     if getattr(config.model_config, "word_embeddings_untied_by_checkpoint", False):

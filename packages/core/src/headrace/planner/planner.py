@@ -31,6 +31,7 @@ class ReceiverNeeds:
         reachable: Indices of the manifests whose segments it can map: holders on its host.
         budget_bytes: Memory that staging may take at the receiver, opaque buffers included.
         device: Where its live tensors lie, as torch names it.
+        reserved_bytes: Memory of that device that only the receiver stages in, beside the budget.
     """
 
     worker: WorkerId
@@ -38,6 +39,7 @@ class ReceiverNeeds:
     reachable: frozenset[int]
     budget_bytes: int
     device: str = "cpu"
+    reserved_bytes: int = 0
 
 
 class Planner:
@@ -82,7 +84,8 @@ def _receiver(need: ReceiverNeeds, settings: UpdateSettings) -> Receiver:
         need.budget_bytes if settings.budget_bytes is None else min(need.budget_bytes, settings.budget_bytes)
     )
     on_gpu = need.device.startswith("cuda")
-    return Receiver(str(need.worker), need.recipe, tuple(sorted(need.reachable)), limit, on_gpu=on_gpu)
+    reachable = tuple(sorted(need.reachable))
+    return Receiver(str(need.worker), need.recipe, reachable, limit, need.reserved_bytes, on_gpu=on_gpu)
 
 
 def _check_request(manifests: Sequence[Manifest], needs: Sequence[ReceiverNeeds]) -> None:
@@ -124,5 +127,6 @@ def _key(manifests: Sequence[Manifest], receivers: Sequence[Receiver], settings:
     for manifest in manifests:
         digest.update(repr((manifest.layout_key, manifest.segments, manifest.holder)).encode())
     for receiver in receivers:
-        digest.update(repr((receiver.recipe.key, receiver.reachable, receiver.budget_bytes, receiver.on_gpu)).encode())
+        room = receiver.budget_bytes, receiver.reserved_bytes, receiver.on_gpu
+        digest.update(repr((receiver.recipe.key, receiver.reachable, room)).encode())
     return digest.hexdigest()

@@ -100,7 +100,9 @@ class Router:
         limit = self._settings.bucket_bytes
         body = self._once(("mapped", receiver.recipe.key, view.key), lambda: direct_body(served, limit))
         if any(view.segments[i].kind == "host" for i in body.segments.tolist()):
-            room = receiver.budget_bytes - self._needed(receiver).opaque_bytes
+            room = max(
+                receiver.budget_bytes - self._needed(receiver).opaque_bytes, receiver.reserved_bytes
+            )
             body = replace(body, ring=mapped_ring(body.apply, room, on_gpu=receiver.on_gpu))
         return self._bound(receiver, view, body, served, Way("direct", MAPPED, why))
 

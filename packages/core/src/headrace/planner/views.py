@@ -40,6 +40,7 @@ class Receiver:
     recipe: LoadRecipe
     reachable: tuple[int, ...]
     budget_bytes: int
+    reserved_bytes: int = 0
     on_gpu: bool = False
 
 

@@ -85,6 +85,44 @@ def allocate_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
         raise CapacityError(message, name="budget_bytes", phase="stage") from error
 
 
+class StagingArea:
+    """Memory for what is staged before the pause: what was reserved where that is enough, else newly allocated.
+
+    Args:
+        reserved: Flat uint8 tensor that an adapter took before the engine sized its caches; kept for good.
+    """
+
+    def __init__(self, reserved: torch.Tensor | None = None) -> None:
+        self._reserved = reserved
+        self._taken = 0
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that are there whatever the engine takes."""
+        return 0 if self._reserved is None else self._reserved.numel()
+
+    def clear(self) -> None:
+        """Begin anew: what was taken for an earlier update may be given out again."""
+        self._taken = 0
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return a buffer for one update: flat uint8, its content undefined.
+
+        Raises:
+            CapacityError: The device has no room.
+        """
+        reserved, begin = self._reserved, self._taken
+        if reserved is None or reserved.device != device or begin + num_bytes > reserved.numel():
+            return allocate_bytes(num_bytes, device)
+        self._taken += num_bytes
+        return reserved[begin : begin + num_bytes]
+
+    def holds(self, buffer: torch.Tensor) -> bool:
+        """Return whether a buffer lies in the reserved memory, and so stays."""
+        own = self._reserved
+        return own is not None and own.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+
 def write_fills(fills: FillTable, targets: Sequence[torch.Tensor]) -> None:
     """Write the loader's constants (padding of vocabularies and shards) into live tensors."""
     for place, value in _fill_views(fills, targets):

@@ -12,7 +12,7 @@ import torch
 from headrace.errors import IntegrityError
 from headrace.geometry import dense_strides
 from headrace.plan import MAPPED_MODES, CopyTable, TransferPlan, buffered, staged_bytes
-from headrace.receiver.blocks import allocate_bytes
+from headrace.receiver.blocks import StagingArea
 from headrace.transports.binding import Program, bind_copies
 from headrace.types import I64, ITEMSIZES
 
@@ -28,6 +28,7 @@ class Bucket:
         num_bytes: Bytes that `live` writes.
         staged: Copies into the staging buffer that `live` reads, if there is one.
         staged_rows: Rows of the plan that go by way of it.
+        lasting: Whether all memory that it is bound to stays from one update to the next.
     """
 
     opaque: Program
@@ -36,6 +37,7 @@ class Bucket:
     num_bytes: int
     staged: Program | None = None
     staged_rows: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    lasting: bool = True
 
     def run_early(self, deadline_s: float) -> None:
         """Copy what needs no pause; done when this returns, as what it came from may be given back.
@@ -80,7 +82,11 @@ def bucket_of(
 
 
 def mapped_bucket(
-    plan: TransferPlan, bounds: tuple[int, int], sources: Sequence[torch.Tensor], blocks: list[torch.Tensor]
+    plan: TransferPlan,
+    bounds: tuple[int, int],
+    sources: Sequence[torch.Tensor],
+    blocks: list[torch.Tensor],
+    area: StagingArea,
 ) -> Bucket:
     """Bind copies out of mapped memory; where the plan buffers some, `staged` fills the buffer that `live` reads.
 
@@ -94,7 +100,7 @@ def mapped_bucket(
     chosen = table.take(rows)
     sizes, itemsize = staged_bytes(chosen), ITEMSIZES[chosen.src_dtype]
     device = next((block.device for block in blocks if block.is_cuda), torch.device("cpu"))
-    buffer = allocate_bytes(int(sizes.sum()), device)
+    buffer = area.take(int(sizes.sum()), device)
     base, strides = np.cumsum(sizes) - sizes, dense_strides(chosen.shape, itemsize)
     first = np.zeros(len(rows), np.int32)
     fill = replace(
@@ -109,7 +115,7 @@ def mapped_bucket(
     )
     bucket = bucket_of(plan, apply, bounds, [*sources, buffer], blocks, undisturbed=True)
     staged = bind_copies(fill, sources, [buffer], gentle=True, peers=_on_peers(plan, blocks))
-    return replace(bucket, staged=staged, staged_rows=rows)
+    return replace(bucket, staged=staged, staged_rows=rows, lasting=area.holds(buffer))
 
 
 def _on_peers(plan: TransferPlan, blocks: Sequence[torch.Tensor]) -> frozenset[int]:

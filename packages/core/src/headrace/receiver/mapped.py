@@ -9,6 +9,7 @@ import torch
 
 from headrace.manifest import HolderAddress
 from headrace.plan import TransferPlan
+from headrace.receiver.blocks import StagingArea
 from headrace.receiver.buckets import Bucket, bounds_of, mapped_bucket
 from headrace.transports.memory import MemoryTransport
 
@@ -22,9 +23,13 @@ class MappedMemory:
     """Keeps mappings over updates, and buckets: holders alternate between two sets of segments, plans stay.
 
     Call order, per update: 1. `open`. 2. `bind`. 3. `keep`. And `close` in the end.
+
+    Args:
+        area: Where copies out of it may be staged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, area: StagingArea) -> None:
+        self._area = area
         self._transport = MemoryTransport()
         self._recent: deque[frozenset[str]] = deque(maxlen=_KEPT_PLANS)
         self._bound: dict[_Key, list[Bucket]] = {}
@@ -41,7 +46,7 @@ class MappedMemory:
     def bind(self, plan: TransferPlan, blocks: list[torch.Tensor]) -> list[Bucket]:
         """Return the plan's buckets, bound to mappings and `blocks`; those of an earlier update where both are as then.
 
-        Those that stage through a buffer, or fill what the engine's loader gets, live for one update only.
+        Those that stage through memory of this update, or fill what the engine's loader gets, are not kept.
         """
         key = (
             plan.key,
@@ -51,7 +56,7 @@ class MappedMemory:
         found = self._bound.get(key)
         if found is None:
             found = self._make(plan, blocks)
-            if len(blocks) == plan.num_targets and all(bucket.staged is None for bucket in found):
+            if len(blocks) == plan.num_targets and all(bucket.lasting for bucket in found):
                 self._bound[key] = found
         return found
 
@@ -73,4 +78,5 @@ class MappedMemory:
         # A GPU is given everything in one go: its copies run on while the next ones are handed over.
         on_gpu = any(block.is_cuda for block in blocks)
         bounds = [(0, len(plan.apply))] if on_gpu else bounds_of(plan)
-        return [mapped_bucket(plan, each, sources, blocks) for each in bounds]
+        self._area.clear()
+        return [mapped_bucket(plan, each, sources, blocks, self._area) for each in bounds]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import TYPE_CHECKING
 
 from headrace import wire
 from headrace.control.dialer import Dialer
 from headrace.errors import HeadraceError, WeightsState
 from headrace.protocols import InferenceBackend, Ticket, Transport
+from headrace.receiver.blocks import StagingArea
 from headrace.receiver.devices import WorkerDevice
 from headrace.receiver.mapped import MappedMemory
 from headrace.receiver.recipes import RecipeBook
 from headrace.receiver.session import Session
 from headrace.registry import load
 from headrace.telemetry import Recorder
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +28,10 @@ class Receiver:
     """Takes updates for one worker, one at a time, in a thread of its own.
 
     Lives in the worker's process. Making one starts nothing; `enrol` starts a thread that ends with the update.
+
+    Args:
+        backend: The worker.
+        reserved: Memory for staging that is the receiver's for good: flat uint8, on the worker's device.
 
     Attributes:
         weights_state: `old`: live tensors hold `served_version`; `new`: they hold `pending_version`, which the
@@ -33,14 +42,15 @@ class Receiver:
         device: Where it works; kept over updates, as torch caches memory by stream.
     """
 
-    def __init__(self, backend: InferenceBackend) -> None:
+    def __init__(self, backend: InferenceBackend, reserved: torch.Tensor | None = None) -> None:
         self.backend = backend
         self.weights_state: WeightsState = "old"
         self.served_version: int | None = None if backend.loaded_from() is None else 0
         self.pending_version: int | None = None
         self.recorder = Recorder(f"receiver {backend.identity().worker}")
         self.recipes = RecipeBook(backend, self.recorder)
-        self.memory = MappedMemory()
+        self.staging = StagingArea(reserved)
+        self.memory = MappedMemory(self.staging)
         self.device = WorkerDevice(backend.identity().device)
         self._transports: dict[str, Transport] = {}
         self._session: Session | None = None

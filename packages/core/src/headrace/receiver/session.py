@@ -157,6 +157,7 @@ class Session:
             recipe=None if known else entry.recipe,
             reachable=reachable,
             budget_bytes=self._backend.free_memory_bytes(),
+            reserved_bytes=self._receiver.staging.reserved_bytes,
             first=entry.unproven is not None or message.metas is not None,
             spans=tuple(recorder.drain()),
         )

@@ -259,6 +259,7 @@ class Update:
             recipe=recipe,
             reachable=frozenset(index[name] for name in answer.reachable),
             budget_bytes=_steady(answer.budget_bytes) if budget is None else budget,
+            reserved_bytes=answer.reserved_bytes if budget is None else min(answer.reserved_bytes, budget),
             device=_hello(peer).device,
         )
 

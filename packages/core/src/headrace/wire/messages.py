@@ -67,6 +67,7 @@ class Described(Message, frozen=True):
     recipe: LoadRecipe | None
     reachable: tuple[str, ...]
     budget_bytes: int
+    reserved_bytes: int
     first: bool
     spans: tuple[Span, ...] = ()
 
