@@ -28,10 +28,12 @@ _SEED = 11
 _busy: dict[str, object] = {}
 
 
-def make_pool() -> torch.Tensor:
-    """Return random bytes, the same in every process."""
+def make_pool(*, finite: bool = False) -> torch.Tensor:
+    """Return random bytes, the same in every process; `finite` ones are bfloat16 below 2, for engines that compute."""
     made = torch.Generator().manual_seed(_SEED)
     words = torch.empty(POOL_BYTES // 8, dtype=torch.int64).random_(generator=made)
+    if finite:
+        words.view(torch.int16).bitwise_and_(-0x4001)
     return words.view(torch.uint8)
 
 
@@ -46,10 +48,10 @@ class PoolSource:
     Set `version` before each update.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, finite: bool = False) -> None:
         self._params = model.params()
         self._regions = tuple(SourceRegion(m.name, Box.whole(m.shape)) for m in self._params)
-        self._pool = make_pool()
+        self._pool = make_pool(finite=finite)
         self.version = 0
 
     def metadata(self) -> ParamTable:

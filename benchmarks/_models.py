@@ -10,7 +10,7 @@ import torch
 from headrace.protocols import InferenceBackend
 from headrace.recipe import LoadRecipe
 from headrace.testing.recipe_backend import RecipeBackend
-from headrace.testing.shapes import QWEN3_06B, ModelShape, params_of, tp_recipe
+from headrace.testing.shapes import QWEN3_06B, QWEN3_8B, QWEN3_30B_A3B, ModelShape, params_of, tp_recipe
 from headrace.types import ParamMeta, ParamTable, WorkerId
 
 NUM_WORKERS = 2
@@ -54,6 +54,15 @@ MOE = Model("mixture of experts", replace(
     QWEN3_06B, layers=12, hidden=512, kv_heads=4, heads=8, head_dim=64, tied=False, experts=128, expert_intermediate=192
 ))  # fmt: skip
 TINY = Model("one tiny tensor", num_matrices=2, num_bytes=16384)
+SERVED = {
+    "dense": Model("Qwen3-8B", QWEN3_8B),
+    "experts": Model("Qwen3 with 12 layers of 128 experts", replace(QWEN3_30B_A3B, layers=12)),
+    "tiny": Model(
+        "tiny Qwen3",
+        ModelShape(layers=2, hidden=256, vocab=1024, heads=4, kv_heads=2, head_dim=64, intermediate=512),
+    ),
+}
+"""What a real engine serves, by the names of `benchmarks.vllm_gpu`."""
 
 
 def grown(num_matrices: int) -> Model:

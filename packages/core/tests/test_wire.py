@@ -24,7 +24,9 @@ def _recipe() -> LoadRecipe:
 
 def test_a_recipe_survives_the_wire() -> None:
     recipe = _recipe()
-    answer = wire.Described(recipe_key="k", recipe=recipe, reachable=("h",), budget_bytes=7, reserved_bytes=0, first=True)
+    answer = wire.Described(
+        recipe_key="k", recipe=recipe, reachable=("h",), budget_bytes=7, reserved_bytes=0, first=True
+    )
     back = wire.decode(wire.encode(answer))
     assert isinstance(back, wire.Described)
     assert back.recipe is not None

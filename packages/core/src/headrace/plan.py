@@ -129,6 +129,8 @@ class TransferPlan:
         num_targets: Number of targets in the recipe.
         num_bytes: Bytes that reach this receiver.
         ring: How memory is used in between.
+        lent: Opaque sources that the loader reads where they lie, in mapped memory, instead of in a buffer: position
+            in `opaque`, index of the segment, byte; shape (L, 3).
         key: Equal for plans that are equal but for the version.
     """
 
@@ -147,6 +149,7 @@ class TransferPlan:
     num_targets: int
     num_bytes: int
     ring: Ring
+    lent: I64
     key: str
 
     @property

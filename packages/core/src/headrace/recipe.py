@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -58,6 +58,8 @@ class LoadRecipe:
         unused: Ids of sources that nothing used; shape (U,).
         opaque_reasons: Why each target that is not filled by copies is not, by target name.
         proven: Whether the recorded copies were compared with weights that the engine itself loaded.
+        only_read: Ids of opaque sources that the loader was seen to read and not to change: it may be given memory of
+            a holder; shape (R,).
     """
 
     sources: ParamTable
@@ -68,6 +70,7 @@ class LoadRecipe:
     unused: I32
     opaque_reasons: dict[str, str]
     proven: bool = False
+    only_read: I32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @cached_property
     def left(self) -> tuple[str, ...]:
@@ -86,5 +89,5 @@ class LoadRecipe:
         for table in (self.regions, self.fills):
             for column in fields(table):
                 digest.update(np.ascontiguousarray(getattr(table, column.name)).tobytes())
-        digest.update(self.opaque.tobytes() + self.unused.tobytes())
+        digest.update(self.opaque.tobytes() + self.unused.tobytes() + self.only_read.tobytes())
         return digest.hexdigest()[:32]

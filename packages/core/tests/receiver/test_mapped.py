@@ -38,7 +38,8 @@ def plan_of(segment: HostSegment, key: str = "plan") -> TransferPlan:
     first: I32 = np.zeros(1, np.int32)
     return TransferPlan(
         "direct", "memory", "why", (segment.descriptor,), first, CopyTable.empty(), np.zeros(2, np.int64),
-        table_of([row]), np.array([0, 1]), first, none, none.astype(np.int32), 1, SIZE, Ring("none", 0, 0, ""), key,
+        table_of([row]), np.array([0, 1]), first, none, none.astype(np.int32), 1, SIZE, Ring("none", 0, 0, ""),
+        np.zeros((0, 3), np.int64), key,
     )  # fmt: skip
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from headrace.errors import UncoveredRegionError
-from headrace.geometry import RegionTable
+from headrace.geometry import RegionTable, is_dense
 from headrace.plan import CopyTable, DigestTable, Ring
 from headrace.planner.copies import finish, make_copies, split_by_bytes
 from headrace.planner.digest_tables import (
@@ -89,6 +89,16 @@ class Served:
         """Bytes in source dtypes."""
         return int((volumes(self.src.shape) * ITEMSIZES[self.src_dtype]).sum())
 
+    def take(self, rows: I64) -> Served:
+        """Return the selected rows in that order."""
+        return Served(
+            src=self.src.take(rows),
+            dst=self.dst.take(rows),
+            src_dtype=self.src_dtype[rows],
+            dst_dtype=self.dst_dtype[rows],
+            holder=self.holder[rows],
+        )
+
     def digests(self, needed: Needed, segment_start: I64) -> dict[int, DigestTable]:
         """Return, per holder position, what it sums up for this receiver."""
         table = digest_table(
@@ -101,7 +111,7 @@ class Served:
 class Body:
     """The tables of a `TransferPlan`; blocks of `fill` or `apply` sources count the asked holders' segments.
 
-    `bucket_owner` holds positions of holders, -1 where a bucket is read from several.
+    `bucket_owner` holds positions of holders, -1 where a bucket is read from several. `lent` is the plan's.
     """
 
     fill: CopyTable
@@ -113,6 +123,7 @@ class Body:
     ring: Ring
     segments: I64
     num_bytes: int
+    lent: I64 = field(default_factory=lambda: np.zeros((0, 3), np.int64))
 
     @cached_property
     def key(self) -> str:
@@ -176,11 +187,27 @@ def uncovered_error(needed: Needed, boxes: BoxIndex, missing: I64) -> UncoveredR
     )
 
 
-def direct_body(served: Served, bucket_bytes: int) -> Body:
+def lent_rows(served: Served, recipe: LoadRecipe) -> I64:
+    """Return the rows of opaque sources that the loader can read where they lie: only read, whole, dense, aligned."""
+    position = served.dst.block - len(recipe.targets)
+    rows = np.flatnonzero(position >= 0)
+    position = position[rows]
+    whole = np.bincount(position, minlength=len(recipe.opaque))[position] == 1
+    item = ITEMSIZES[served.src_dtype[rows]]
+    src = served.src.take(rows)
+    fits = is_dense(src.strides, src.shape, item) & (src.base % item == 0)
+    return np.asarray(rows[whole & fits & np.isin(recipe.opaque, recipe.only_read)[position]])
+
+
+def direct_body(served: Served, recipe: LoadRecipe, bucket_bytes: int) -> Body:
     """Return copies straight from mapped segments into live tensors, in buckets of `4 * bucket_bytes`."""
-    copies = make_copies(served.src, served.dst, served.src_dtype, served.dst_dtype)
+    lent = lent_rows(served, recipe)
+    copied = served.take(np.setdiff1d(np.arange(len(served.src)), lent))
+    copies = make_copies(copied.src, copied.dst, copied.src_dtype, copied.dst_dtype)
     copies, starts, sums = split_by_bytes(copies, DIRECT_BUCKETS * bucket_bytes)
-    segments, local = compacted(copies.src_block)
+    segments, local = compacted(np.concatenate((copies.src_block, served.src.block[lent])))
+    local, lent_segment = local[: len(copies)], local[len(copies) :]
+    places = (served.dst.block[lent] - len(recipe.targets), lent_segment, served.src.base[lent])
     owners = np.full(len(sums), -1, np.int32)
     ring = Ring("none", 0, 0, "copies go straight into live tensors")
     return Body(
@@ -193,6 +220,7 @@ def direct_body(served: Served, bucket_bytes: int) -> Body:
         ring=ring,
         segments=segments,
         num_bytes=served.num_bytes,
+        lent=np.stack(places, axis=1).astype(np.int64),
     )
 
 

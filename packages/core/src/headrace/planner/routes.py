@@ -57,8 +57,6 @@ class Router:
             PlanError: No way exists; says why and what would work.
         """
         way = asked_way(self._settings)
-        for receiver in self._receivers:
-            check_reserved(self._needed(receiver).opaque_bytes, receiver.budget_bytes, receiver.name)
         if way == COLLECTIVE:
             return self._all_broadcast("the route broadcast was asked for")
         if way == MAPPED:
@@ -98,11 +96,13 @@ class Router:
         if served is None:
             return None
         limit = self._settings.bucket_bytes
-        body = self._once(("mapped", receiver.recipe.key, view.key), lambda: direct_body(served, limit))
+        recipe = receiver.recipe
+        body = self._once(("mapped", recipe.key, view.key), lambda: direct_body(served, recipe, limit))
+        lent_bytes = int(recipe.sources.num_bytes[recipe.opaque[body.lent[:, 0]]].sum())
+        owned_bytes = self._needed(receiver).opaque_bytes - lent_bytes
+        check_reserved(owned_bytes, receiver.budget_bytes, receiver.name)
         if any(view.segments[i].kind == "host" for i in body.segments.tolist()):
-            room = max(
-                receiver.budget_bytes - self._needed(receiver).opaque_bytes, receiver.reserved_bytes
-            )
+            room = max(receiver.budget_bytes - owned_bytes, receiver.reserved_bytes)
             body = replace(body, ring=mapped_ring(body.apply, room, on_gpu=receiver.on_gpu))
         return self._bound(receiver, view, body, served, Way("direct", MAPPED, why))
 
@@ -130,6 +130,7 @@ class Router:
         served = self._served(receiver, view)
         if served is None:
             raise self._unreadable(receiver, transport, view)
+        check_reserved(self._needed(receiver).opaque_bytes, receiver.budget_bytes, receiver.name)
         body = self._ring_body(receiver, view, served)
         return self._bound(receiver, view, body, served, Way("direct", transport, why))
 
@@ -207,6 +208,8 @@ class Router:
 
     def _broadcast(self, members: Iterable[int], why: str) -> tuple[BroadcastPlan, list[Planned]]:
         receivers = [self._receivers[i] for i in members]
+        for receiver in receivers:
+            check_reserved(self._needed(receiver).opaque_bytes, receiver.budget_bytes, receiver.name)
         view = self._everyone()
         needs = {receiver.recipe.key: self._needed(receiver) for receiver in receivers}
         room = min(r.budget_bytes - needs[r.recipe.key].opaque_bytes for r in receivers)

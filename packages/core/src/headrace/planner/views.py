@@ -135,6 +135,7 @@ def bind(receiver: Receiver, view: View, body: Body, way: Way, salt: str = "") -
         num_targets=len(receiver.recipe.targets),
         num_bytes=body.num_bytes,
         ring=ring,
+        lent=body.lent,
         key=hashlib.sha256(repr(facts).encode()).hexdigest()[:32],
     )
 

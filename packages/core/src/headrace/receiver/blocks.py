@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,11 +42,21 @@ class Destinations:
     def of(
         cls, recipe: LoadRecipe, plan: TransferPlan, live: Mapping[str, torch.Tensor], device: str
     ) -> Destinations:
-        """Find live tensors and allocate opaque buffers; pages are touched by the first copy into them."""
+        """Find live tensors and allocate opaque buffers; pages are touched by the first copy into them.
+
+        What the loader reads in mapped memory has an empty tensor here until `put` brings it.
+        """
         with torch.inference_mode():
             targets = [live[meta.name] for meta in recipe.targets]
             metas = [recipe.sources[int(i)] for i in plan.opaque]
-            return cls(targets, {meta.name: _allocate(meta, device) for meta in metas})
+            opaque = {meta.name: meta for meta in metas}
+            for position in plan.lent[:, 0].tolist():
+                opaque[metas[position].name] = replace(metas[position], shape=(0,))
+            return cls(targets, {name: _allocate(meta, device) for name, meta in opaque.items()})
+
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give the loader these tensors, by source name, in place of empty ones."""
+        self.opaque |= tensors
 
     def blocks(self) -> list[torch.Tensor]:
         """Return all destinations as flat uint8 blocks, targets first."""

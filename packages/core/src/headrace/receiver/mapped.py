@@ -11,6 +11,7 @@ from headrace.manifest import HolderAddress
 from headrace.plan import TransferPlan
 from headrace.receiver.blocks import StagingArea
 from headrace.receiver.buckets import Bucket, bounds_of, mapped_bucket
+from headrace.recipe import LoadRecipe
 from headrace.transports.memory import MemoryTransport
 
 POPULATE_CHUNK_BYTES = 16 << 20
@@ -58,6 +59,16 @@ class MappedMemory:
             found = self._make(plan, blocks)
             if len(blocks) == plan.num_targets and all(bucket.lasting for bucket in found):
                 self._bound[key] = found
+        return found
+
+    def lent(self, plan: TransferPlan, recipe: LoadRecipe) -> dict[str, torch.Tensor]:
+        """Return the opaque sources that the loader reads where they lie, by name; they must not be written to."""
+        found = {}
+        with torch.inference_mode():
+            for position, segment, begin in plan.lent.tolist():
+                meta = recipe.sources[int(plan.opaque[position])]
+                part = self._transport.mapped(plan.segments[segment].segment_id)[begin : begin + meta.num_bytes]
+                found[meta.name] = part.view(getattr(torch, meta.dtype)).view(meta.shape)
         return found
 
     def keep(self, plan: TransferPlan) -> None:

@@ -158,7 +158,12 @@ class RecipeBook:
         used = np.setdiff1d(everything.opaque, recorded.unused).astype(np.int32)
         left = frozenset(recorded.left)
         reasons = {name: why for name, why in everything.opaque_reasons.items() if name not in left}
-        return replace(everything, opaque=used, unused=recorded.unused, opaque_reasons=reasons)
+        # What was recorded as views and copies is not written to, so that the loader may read it where it lies.
+        seen = np.setdiff1d(recorded.regions.param, recorded.opaque)
+        only_read = np.intersect1d(used, seen).astype(np.int32)
+        return replace(
+            everything, opaque=used, unused=recorded.unused, opaque_reasons=reasons, only_read=only_read
+        )
 
     def _proven_at_start(self, recorded: LoadRecipe, metas: ParamTable) -> Entry | None:
         """Prove against the checkpoint that the engine was started from, while its weights still are those."""
