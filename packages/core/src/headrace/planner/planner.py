@@ -31,6 +31,7 @@ class ReceiverNeeds:
         reachable: Indices of the manifests whose segments it can map: holders on its host.
         budget_bytes: Memory that staging may take at the receiver, opaque buffers included.
         device: Where its live tensors lie, as torch names it.
+        device_uuid: That GPU, whatever processes number it; empty on a CPU.
     """
 
     worker: WorkerId
@@ -38,6 +39,7 @@ class ReceiverNeeds:
     reachable: frozenset[int]
     budget_bytes: int
     device: str = "cpu"
+    device_uuid: str = ""
 
 
 class Planner:
