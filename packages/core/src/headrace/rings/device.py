@@ -83,7 +83,8 @@ class DeviceRing:
     2. The broadcast is enqueued when the pipeline has passed `fill` of `b`, which waits for the same release. On the
        member that fills, its stream also waits for the event that follows the fill's copies. On the others it is the
        first to write into the slot, so what 1. says of filling holds for it.
-    3. Receivers are told when the event that follows the broadcast was seen by the host; their copies come after.
+    3. Receivers are told when the event that follows the broadcast was seen by the host and the group was not left
+       meanwhile; their copies come after.
 
     `fill` does not wait for its copies: the next fill is enqueued behind them, so the link never idles. Nothing waits
     for a whole device, and members wait for each other only inside the broadcast that both take part in.
@@ -171,6 +172,8 @@ class DeviceRing:
                 group.broadcast(buffers[bucket], cast.root(bucket))
                 sent = self._sending.record_event()
                 wait_for(sent, cast.deadline_s, cast.alive, f"the broadcast of bucket {bucket}")
+            # An aborted broadcast ends too, with anything in the slot; but first the holder is told to stop.
+            cast.alive()
             self.words.announce(bucket + 1)
 
         return [PipelineStage("fill", fill), PipelineStage("broadcast", send)]

@@ -20,6 +20,9 @@ from headrace.segments.cudart import IPC_HANDLE_BYTES, cuda_runtime
 GRAIN_BYTES = 2 << 20
 """What drivers give GPU memory out in: smaller allocations share it, and would be lent together."""
 
+_owned_here: dict[str, int] = {}
+"""Addresses of this process's own segments: a process cannot open its own IPC handles."""
+
 
 def gpu_of(device_uuid: str) -> torch.device:
     """Return the GPU with this uuid, as this process numbers them; initialises CUDA here.
@@ -99,13 +102,16 @@ class OwnedCudaSegment(CudaSegment):
             except BaseException:
                 self.close()
                 raise
+        _owned_here[self.descriptor.segment_id] = self._owned
 
     def close(self) -> None:
         """Give the memory back; idempotent. Nothing of this process may be using it any more."""
         if self._owned is not None:
+            address, self._owned = self._owned, None
+            if hasattr(self, "descriptor"):
+                _owned_here.pop(self.descriptor.segment_id, None)
             with torch.cuda.device(self._device):
-                cuda_runtime().free(self._owned)
-            self._owned = None
+                cuda_runtime().free(address)
 
 
 def _allocate(num_bytes: int, device: torch.device) -> int:
@@ -137,15 +143,21 @@ class MappedCudaSegment:
             message = f"segment {descriptor.segment_id} has no IPC handle; the holder must run this version of Headrace"
             raise ConnectError(message, name=descriptor.segment_id)
         self._opened_on = torch.cuda.current_device()
+        self._address: int | None = None
+        own = _owned_here.get(descriptor.segment_id)
+        self._tensor: torch.Tensor | None = None
+        if own is not None:
+            self._tensor = device_bytes(own, descriptor.num_bytes)
+            return
         try:
-            self._address: int | None = cuda_runtime().ipc_open(descriptor.ipc_handle)
+            self._address = cuda_runtime().ipc_open(descriptor.ipc_handle)
         except HeadraceError as error:
             message = (
                 f"GPU memory of segment {descriptor.segment_id} cannot be opened: {error}; both processes must see the "
                 "holder's GPU (CUDA_VISIBLE_DEVICES, container), and it must be a peer of this one"
             )
             raise ConnectError(message, name=descriptor.segment_id) from error
-        self._tensor: torch.Tensor | None = device_bytes(self._address, descriptor.num_bytes)
+        self._tensor = device_bytes(self._address, descriptor.num_bytes)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -164,8 +176,8 @@ class MappedCudaSegment:
 
     def close(self) -> None:
         """Unmap; idempotent. Nothing may be reading it any more."""
+        self._tensor = None
         if self._address is not None:
-            self._tensor = None
             with torch.cuda.device(self._opened_on):
                 cuda_runtime().ipc_close(self._address)
             self._address = None
