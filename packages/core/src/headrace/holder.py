@@ -45,7 +45,7 @@ from headrace.store.live import LiveStore
 from headrace.store.store import Store
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Recorder
-from headrace.transports.collective import Alone, BroadcastGroup, GlooGroup, NcclGroup
+from headrace.transports.collective import Alone, BroadcastGroup, GlooGroup, NcclGroup, require_nccl
 from headrace.transports.mooncake_gate import Gate, Shown
 from headrace.transports.tcp_server import TcpServer
 
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.1
 SETTLE_S = 5.0
 GIVE_UP_S = 60.0
-JOIN_S = 60.0
+JOIN_S = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +282,8 @@ class Holder:
             return self._ring
         self._drop_ring()
         if message.device_uuid:
+            if message.world_size > 1:
+                require_nccl()
             self._ring = DeviceRing(*wanted, self._lender, self._pins)
         else:
             self._ring = HostRing(message.ring_bytes, message.num_receivers, self._lender)

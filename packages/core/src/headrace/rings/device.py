@@ -81,13 +81,14 @@ class DeviceRing:
     1. `fill` of an own bucket begins when the pipeline has released bucket `b - depth`: all receivers have said that
        they applied it, which each says after the event that follows its copy out of the slot.
     2. The broadcast is enqueued when the pipeline has passed `fill` of `b`, which waits for the same release. On the
-       member that fills, its stream also waits for the event that follows the fill's copies. On the others it is the
-       first to write into the slot, so what 1. says of filling holds for it.
+       member that fills, host and stream also wait for the event that follows the fill's copies. On the others it is
+       the first to write into the slot, so what 1. says of filling holds for it; they wait for the word of the one that
+       fills, so that no kernel occupies a GPU while there is nothing to broadcast.
     3. Receivers are told when the event that follows the broadcast was seen by the host and the group was not left
        meanwhile; their copies come after.
 
     `fill` does not wait for its copies: the next fill is enqueued behind them, so the link never idles. Nothing waits
-    for a whole device, and members wait for each other only inside the broadcast that both take part in.
+    for a whole device, and members wait only for the one that fills the bucket, and inside its broadcast.
 
     Args:
         device_uuid: The GPU, as torch names it.
@@ -151,6 +152,7 @@ class DeviceRing:
     def stages(self, cast: Cast, group: BroadcastGroup) -> list[PipelineStage]:
         """Return `fill`, which enqueues, and `broadcast`, which waits and tells receivers."""
         programs = self._bound[cast.fill_key]
+        group.begin()
         filled: dict[int, torch.cuda.Event] = {}
         buffers = [
             self._slot(cast, bucket % cast.plan.ring.depth, int(size))
@@ -168,7 +170,10 @@ class DeviceRing:
             self._settle_thread(bucket)
             with self._on(self._sending):
                 if bucket in filled:
-                    self._sending.wait_event(filled.pop(bucket))
+                    full = filled.pop(bucket)
+                    wait_for(full, cast.deadline_s, cast.alive, f"bucket {bucket} to be filled")
+                    self._sending.wait_event(full)
+                group.meet(cast.root(bucket), cast.deadline_s, cast.alive)
                 group.broadcast(buffers[bucket], cast.root(bucket))
                 sent = self._sending.record_event()
                 wait_for(sent, cast.deadline_s, cast.alive, f"the broadcast of bucket {bucket}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import distributed as dist
@@ -24,6 +25,7 @@ from headrace.errors import (
 logger = logging.getLogger(__name__)
 ABORT_S = 5.0
 _FIRST_BYTES = 1 << 20
+_TURN_S = 0.25
 
 
 class BroadcastGroup(Protocol):
@@ -31,11 +33,27 @@ class BroadcastGroup(Protocol):
 
     Collective: every member makes it with the same store and world size, and calls `broadcast` in the same order.
     The application's default process group is neither needed nor touched.
+
+    Call order: 1. `begin`. 2. `meet`, `broadcast`, per buffer. 3. Again from 1, when all members are done, or `close`.
     """
 
     @property
     def place(self) -> tuple[str, int, torch.device | None]:
         """Store, number of members, and the GPU whose memory this member broadcasts; None for host memory."""
+        ...
+
+    def begin(self) -> None:
+        """Begin a series of buffers; all members have ended the one before."""
+        ...
+
+    def meet(self, root: int, deadline_s: float, alive: Callable[[], None]) -> None:
+        """Wait for the root, which calls this when its buffer is filled; the root waits for nobody.
+
+        Raises:
+            PeerLostError: The members' store is gone.
+            TransferTimeoutError: The root did not come within the deadline.
+            HeadraceError: What `alive`, called now and then, raised.
+        """
         ...
 
     def broadcast(self, buffer: torch.Tensor, root: int) -> None:
@@ -56,6 +74,12 @@ class Alone:
 
     def __init__(self, store: str, device: torch.device) -> None:
         self.place = (store, 1, device)
+
+    def begin(self) -> None:
+        """Do nothing."""
+
+    def meet(self, root: int, deadline_s: float, alive: Callable[[], None]) -> None:
+        """Do nothing."""
 
     def broadcast(self, buffer: torch.Tensor, root: int) -> None:
         """Do nothing."""
@@ -86,6 +110,12 @@ class GlooGroup:
         except (RuntimeError, ValueError) as error:
             raise _not_joined(store, rank, world_size, error) from error
 
+    def begin(self) -> None:
+        """Do nothing."""
+
+    def meet(self, root: int, deadline_s: float, alive: Callable[[], None]) -> None:
+        """Do nothing: who waits inside `broadcast` holds nobody up."""
+
     def broadcast(self, buffer: torch.Tensor, root: int) -> None:
         """Make `buffer` on every member equal to the root's. Blocking."""
         try:
@@ -101,6 +131,8 @@ class NcclGroup:
     """A group over memory of one GPU per member; `broadcast` only enqueues.
 
     Construction connects everybody, first collective included, so that nothing is left of it for an engine's pause.
+    A kernel of NCCL that waits for another member takes time of its GPU from the engine there, which is another
+    process: so members `meet` on the host first.
 
     Args:
         store: `host:port` of a TCPStore that outlives the group.
@@ -118,12 +150,11 @@ class NcclGroup:
     def __init__(
         self, store: str, rank: int, world_size: int, deadline_s: float, device: torch.device
     ) -> None:
-        if not dist.is_nccl_available():
-            message = f"torch {torch.__version__} was built without NCCL; install one with it"
-            raise BackendUnavailableError(message, name="nccl")
+        require_nccl()
         self.place = (store, world_size, device)
         self._closing = threading.Lock()
         self._closed = False
+        self._rank = rank
         limit = timedelta(seconds=deadline_s)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
@@ -132,6 +163,7 @@ class NcclGroup:
         options.is_high_priority_stream = True
         try:
             self._store = dist.PrefixStore("nccl", _dial(store, limit))  # type: ignore[attr-defined]
+            self._meetings = Meetings(dist.PrefixStore("meet", self._store))  # type: ignore[attr-defined]
             with _unwatched():
                 self._group = dist.ProcessGroupNCCL(self._store, rank, world_size, options)
         except (RuntimeError, ValueError) as error:
@@ -154,6 +186,17 @@ class NcclGroup:
                 self.broadcast(torch.zeros(_FIRST_BYTES, dtype=torch.uint8, device=device), 0)
             stream.synchronize()
 
+    def begin(self) -> None:
+        """Clear away what this member told the others in the series before."""
+        self._meetings.clear()
+
+    def meet(self, root: int, deadline_s: float, alive: Callable[[], None]) -> None:
+        """Wait for the root through the store, or tell the others."""
+        if self._rank == root:
+            self._meetings.tell()
+        else:
+            self._meetings.wait(deadline_s, alive)
+
     def broadcast(self, buffer: torch.Tensor, root: int) -> None:
         """Enqueue on the current stream: after what that was given, and before what it is given afterwards."""
         options = _options(root)
@@ -175,6 +218,86 @@ class NcclGroup:
             _within(ABORT_S, self._group.abort, "NCCL to give the communicator up")
         except (RuntimeError, HeadraceError) as error:
             logger.warning("a broadcast group was left behind: %s", error)
+
+
+class Meetings:
+    """Numbered meetings of members, by keys of a store: one tells, the others wait. Used by one thread at a time.
+
+    Every member takes part in every meeting, in the same order.
+
+    Args:
+        store: The members' own part of a store.
+    """
+
+    def __init__(self, store: Any) -> None:  # noqa: ANN401 - torch does not export the class of its stores
+        self._store = store
+        self._number = 0
+        self._told: list[str] = []
+
+    def tell(self) -> None:
+        """Let the others go on from the next meeting.
+
+        Raises:
+            PeerLostError: The store is gone.
+        """
+        key = self._next()
+        try:
+            self._store.set(key, b"1")
+        except RuntimeError as error:
+            raise _store_gone(error) from error
+        self._told.append(key)
+
+    def wait(self, deadline_s: float, alive: Callable[[], None]) -> None:
+        """Wait until somebody tells the next meeting; `alive` is called now and then and may raise.
+
+        Raises:
+            PeerLostError: The store is gone.
+            TransferTimeoutError: Nobody did within the deadline.
+        """
+        key, limit = self._next(), time.monotonic() + deadline_s
+        while not self._is_told(key):
+            alive()
+            if time.monotonic() > limit:
+                message = f"waited {deadline_s:.1f} s for the member that fills the next bucket"
+                raise TransferTimeoutError(message, phase="broadcast")
+
+    def clear(self) -> None:
+        """Remove what this member has told; nobody may be waiting for it any more."""
+        try:
+            while self._told:
+                self._store.delete_key(self._told.pop())
+        except RuntimeError as error:
+            raise _store_gone(error) from error
+
+    def _next(self) -> str:
+        self._number += 1
+        return str(self._number)
+
+    def _is_told(self, key: str) -> bool:
+        """Wait a little for a key: the store answers as soon as it is set."""
+        try:
+            self._store.wait([key], timedelta(seconds=_TURN_S))
+        except RuntimeError:
+            try:
+                return bool(self._store.check([key]))
+            except RuntimeError as error:
+                raise _store_gone(error) from error
+        return True
+
+
+def _store_gone(error: Exception) -> PeerLostError:
+    return PeerLostError(f"the store of the broadcast group is gone: {error}", phase="broadcast")
+
+
+def require_nccl() -> None:
+    """Refuse a torch without NCCL.
+
+    Raises:
+        BackendUnavailableError: It was built without.
+    """
+    if not dist.is_nccl_available():
+        message = f"torch {torch.__version__} was built without NCCL; install one with it"
+        raise BackendUnavailableError(message, name="nccl")
 
 
 def _dial(store: str, limit: timedelta) -> dist.TCPStore:  # type: ignore[name-defined]
