@@ -102,7 +102,9 @@ def pool() -> Iterator[HolderPool]:
         board.close()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: real holders that refuse one")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs a machine without a GPU: real holders that refuse one"
+)
 def test_holders_without_the_gpu_fall_back_to_rings_in_host_memory(pool: HolderPool) -> None:
     pool.ensure(2)
     manifests = pool.publish(1, Deadlines())

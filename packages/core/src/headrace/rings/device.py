@@ -103,7 +103,9 @@ class DeviceRing:
         CapacityError: The GPU has no room.
     """
 
-    def __init__(self, device_uuid: str, num_bytes: int, num_receivers: int, lender: Lender, pins: Pins) -> None:
+    def __init__(
+        self, device_uuid: str, num_bytes: int, num_receivers: int, lender: Lender, pins: Pins
+    ) -> None:
         self.key = (device_uuid, num_bytes, num_receivers)
         self.device: torch.device | None = gpu_of(device_uuid)
         self._gpu = self.device
@@ -209,7 +211,9 @@ class DeviceRing:
             self._bound.clear()
             slots.close()
         else:
-            logger.warning("%s is still at work on a ring that is over; its memory ends with this process", self._gpu)
+            logger.warning(
+                "%s is still at work on a ring that is over; its memory ends with this process", self._gpu
+            )
 
     def _is_idle(self) -> bool:
         """Wait until nothing reads segments or writes slots any more; False where that does not come."""

@@ -36,7 +36,9 @@ class Placement:
     why: str
 
     @classmethod
-    def of(cls, served_by: Sequence[int | None], needs: Sequence[ReceiverNeeds], num_holders: int) -> Placement:
+    def of(
+        cls, served_by: Sequence[int | None], needs: Sequence[ReceiverNeeds], num_holders: int
+    ) -> Placement:
         """Place slots on GPUs, if every holder serves one GPU and no two the same."""
         pairs = [(holder, need) for holder, need in zip(served_by, needs, strict=True) if holder is not None]
         served = [{need.device_uuid for h, need in pairs if h == holder} for holder in range(num_holders)]
@@ -217,7 +219,9 @@ class BroadcastRun:
         for answer in self._ask(store):
             if answer.ring is None or answer.signals is None:
                 self._rings.broken()
-                raise ConnectError(f"a holder's ring cannot be made any more: {answer.refused}", phase="stage")
+                raise ConnectError(
+                    f"a holder's ring cannot be made any more: {answer.refused}", phase="stage"
+                )
             rings.append((answer.ring, answer.signals))
         self._rings.note(needs, self.placement, self._ring_bytes)
         return rings
