@@ -6,11 +6,14 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from statistics import median
 from typing import Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from benchmarks._models import Model
 from headrace.config import host_settings
@@ -24,6 +27,7 @@ from headrace.types import ITEMSIZES, ParamTable, WorkerId
 POOL_BYTES = 3 << 29
 MOVED_BYTES = 1 << 33
 BLOCK_BYTES = 1 << 31
+BROADCAST_BYTES = 1 << 30
 _SEED = 11
 _busy: dict[str, object] = {}
 
@@ -42,17 +46,48 @@ def place_of(name: str, version: int, num_bytes: int) -> int:
     return (zlib.crc32(name.encode()) * 64 + version * 4160) % (POOL_BYTES - num_bytes) // 64 * 64
 
 
+@dataclass
+class Version:
+    """A version number; parts of one source share one of `multiprocessing`, which looks the same."""
+
+    value: int = 0
+
+
 class PoolSource:
     """A WeightSource whose tensors are places in one pool: 61 GB of weights take 1.6 GB.
 
     Set `version` before each update.
+
+    Args:
+        model: Which tensors.
+        part: Of equal parts, which one is held.
+        parts: Number of parts, each with a source of its own.
+        version: The version of all parts; by default this source's own.
     """
 
-    def __init__(self, model: Model, *, finite: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        part: int = 0,
+        parts: int = 1,
+        version: Version | None = None,
+        *,
+        finite: bool = False,
+    ) -> None:
         self._params = model.params()
-        self._regions = tuple(SourceRegion(m.name, Box.whole(m.shape)) for m in self._params)
+        names = set(_part_of(self._params, part, parts))
+        self._regions = tuple(SourceRegion(m.name, Box.whole(m.shape)) for m in self._params if m.name in names)
         self._pool = make_pool(finite=finite)
-        self.version = 0
+        self._version = version or Version()
+
+    @property
+    def version(self) -> int:
+        """The version that is read."""
+        return self._version.value
+
+    @version.setter
+    def version(self, value: int) -> None:
+        self._version.value = value
 
     def metadata(self) -> ParamTable:
         """Return the model's parameters."""
@@ -69,6 +104,22 @@ class PoolSource:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _part_of(params: ParamTable, part: int, parts: int) -> list[str]:
+    """Return the names of one of `parts` parts of about equal bytes."""
+    sizes = [0] * parts
+    names: list[list[str]] = [[] for _ in range(parts)]
+    for meta in sorted(params, key=lambda meta: (-meta.num_bytes, meta.name)):
+        least = sizes.index(min(sizes))
+        sizes[least] += meta.num_bytes
+        names[least].append(meta.name)
+    return names[part]
+
+
+def pool_part(part: int, parts: int, model: Model, version: Version) -> PoolSource:
+    """Return a part of the pool's source, for a HoldingCrew."""
+    return PoolSource(model, part, parts, version)
 
 
 def make_shards(model: Model, num_gpus: int) -> list[Shard]:
@@ -186,6 +237,25 @@ def host_to_device(_backend: InferenceBackend, _receiver: object) -> float:
             there.copy_(host, non_blocking=True)
 
     return MOVED_BYTES / _seconds(work)
+
+
+def broadcast(backend: InferenceBackend, _receiver: object, port: int) -> float:
+    """Return bytes per second of an NCCL broadcast among the workers, in large buffers."""
+    identity = backend.identity()
+    rank, world_size = identity.worker.rank, identity.world_size
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size)
+    buffer = torch.empty(BROADCAST_BYTES, dtype=torch.uint8, device="cuda")
+    try:
+        return BROADCAST_BYTES / _seconds(lambda: dist.broadcast(buffer, 0))
+    finally:
+        dist.destroy_process_group()
+
+
+def device_used(_backend: InferenceBackend, _receiver: object) -> int:
+    """Return what the whole device has in use, by all processes."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def device_to_device(_backend: InferenceBackend, _receiver: object) -> float:

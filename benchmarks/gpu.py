@@ -7,7 +7,9 @@ Workers are real processes with a receiver each, updated by a real parameter ser
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,11 +23,12 @@ from benchmarks import _gpu, _peer
 from benchmarks._common import Section, Spread, by_track
 from benchmarks._models import TINY, Model
 from benchmarks.all import report
-from headrace.config import GIB
+from headrace.config import GIB, MIB
 from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
 from headrace.store.device import DeviceSource
 from headrace.testing.bare_engine import BareEngine
+from headrace.testing.holding_crew import HoldingCrew
 from headrace.testing.shapes import QWEN3_8B, QWEN3_30B_A3B
 
 REPEATS = 5
@@ -33,6 +36,8 @@ WARM_UPS = 2
 DENSE = Model("Qwen3-8B", QWEN3_8B)
 MOE = Model("Qwen3-30B-A3B", QWEN3_30B_A3B)
 STAGING_BYTES = 36 * GIB
+RING_BYTES = GIB
+SMALL_BYTES = 256 * MIB
 COLUMNS = (
     "model", "GPUs", "tensors", "GB per GPU", "way", "verify", "copies ms", "GB/s per GPU", "ceiling", "share",
     "stall ms", "stage ms", "total ms", "device MiB",
@@ -219,6 +224,71 @@ def measure_colocated(model: Model, repeats: int) -> tuple[str, ...]:
     )
 
 
+def measure_broadcast(model: Model, repeats: int, budget_bytes: int) -> tuple[str, ...]:
+    """Measure a broadcast to two GPUs by two holders that each hold half, over rings in GPU memory.
+
+    Raises:
+        SystemExit: A worker does not hold the source's bytes.
+    """
+    version = multiprocessing.get_context("spawn").Value("q", 0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        BareEngine(_gpu.gpu_worker, 2, model, environment={"HEADRACE_RECIPE_CACHE": cache}) as engine,
+        HoldingCrew(_gpu.pool_part, 2, model, version) as crew,
+        ParameterServer(source=crew.source, launch=crew) as server,
+    ):
+        links = sum(engine.call_all(_gpu.host_to_device))
+        nccl = min(engine.call_all(_gpu.broadcast, port))
+        engine.call_all(_gpu.release)
+        engine.call_all(_gpu.poison)
+        before, reports = engine.call_all(_gpu.device_used), []
+        for _ in range(WARM_UPS + repeats):
+            version.value += 1
+            reports.append(
+                server.update(engine.control, route="broadcast", verify="none", budget_bytes=budget_bytes)
+            )
+        taken = max(b - a for a, b in zip(before, engine.call_all(_gpu.device_used), strict=True))
+        wrong = engine.call_all(_gpu.wrong_tensors, version.value)
+    if any(wrong):
+        raise SystemExit(f"{model.name}: workers hold wrong bytes: {[names[:3] for names in wrong]}")
+    kept = reports[WARM_UPS:]
+    total = sum(meta.num_bytes for meta in model.params())
+    floor, moved = max(total / links, total / nccl), Spread.of([_moving_s(one) for one in kept])
+    return (
+        model.name,
+        f"{len(model.params()):,}",
+        f"{total / 1e9:.2f}",
+        f"{kept[0].workers[0].transport}, {kept[0].workers[0].ring}",
+        moved.ms(),
+        f"{total / moved.median / 1e9:.1f}",
+        f"{links / 1e9:.1f}",
+        f"{nccl / 1e9:.0f}",
+        f"{moved.median / floor:.2f}",
+        Spread.of([one.stall_s for one in kept]).ms(),
+        Spread.of([one.stage_s for one in kept]).ms(),
+        Spread.of([one.total_s for one in kept]).ms(),
+        f"{taken / MIB:,.0f}",
+    )
+
+
+def _moving_s(report: UpdateReport) -> float:
+    """Return the time from a broadcast's first fill to the last copy into live tensors.
+
+    What passes between the ring being full and the first copy, the engine's pause and the votes, is no part of it.
+    """
+    fills = [span for track in by_track(report.spans, "holder").values() for span in track if span.name == "fill"]
+    copies = [span for track in by_track(report.spans).values() for span in track if span.name == "copy"]
+    sent = [
+        span for track in by_track(report.spans, "holder").values() for span in track if span.name == "broadcast"
+    ]
+    begin, first = min(span.begin_s for span in fills), min(span.begin_s for span in copies)
+    ready = [end for span in sent if (end := span.begin_s + span.duration_s) <= first]
+    waited = first - max(ready, default=first)
+    return max(span.begin_s + span.duration_s for span in copies) - begin - waited
+
+
 def measure_overhead(repeats: int) -> tuple[str, ...]:
     """Measure updates of next to nothing: what is left is the protocol."""
     source = _gpu.PoolSource(TINY)
@@ -301,6 +371,19 @@ def sections(repeats: int, names: Sequence[str]) -> list[Section]:
         title = "direct from a trainer's shards on the same two GPUs (rows to tensor parallel), read in place"
         made = tuple(measure_colocated(model, repeats) for model in colocated)
         found.append(Section("gpu-colocated", title, columns, made))
+    sent = {
+        "broadcast2": (DENSE, RING_BYTES), "broadcast2-moe": (MOE, RING_BYTES),
+        "serial2": (DENSE, SMALL_BYTES), "serial2-moe": (MOE, SMALL_BYTES),
+    }  # fmt: skip
+    chosen = [pair for name, pair in sent.items() if name in names and num_gpus > 1]
+    if chosen:
+        columns = (
+            "model", "tensors", "GB", "ring", "first fill to last copy ms", "GB/s", "both PCIe links GB/s",
+            "NCCL broadcast GB/s", "times the limit", "stall ms", "stage ms", "total ms", "device MiB taken",
+        )  # fmt: skip
+        title = "broadcast to two GPUs, by two holders with a half each"
+        made = tuple(measure_broadcast(model, repeats, budget) for model, budget in chosen)
+        found.append(Section("gpu-broadcast", title, columns, made))
     if "overhead" in names:
         columns = ("update", "total ms", "stall ms", "copies ms")
         found.append(Section("gpu-overhead", "Nothing to move", columns, (measure_overhead(repeats),)))
@@ -330,7 +413,10 @@ def _ceiling_section(tops: Sequence[tuple[Case, Ceilings]]) -> Section:
 
 def main() -> None:
     """Measure, print, and write the page."""
-    names = ("dense1", "dense2", "moe2", "colocated", "colocated-moe", "overhead", "busy")
+    names = (
+        "dense1", "dense2", "moe2", "colocated", "colocated-moe", "broadcast2", "broadcast2-moe", "serial2",
+        "serial2-moe", "overhead", "busy",
+    )  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument(

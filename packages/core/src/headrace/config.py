@@ -14,6 +14,7 @@ from headrace.types import CacheMode, RouteName, VerifyMode
 
 MIB = 1 << 20
 GIB = 1 << 30
+BUCKET_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class UpdateSettings:
         strict: Refuse source names that nothing uses.
         rolling: Pause engines one after another, so that a fleet never stops as a whole; a failure ends it there.
         budget_bytes: Most staging memory per receiver; None asks the engine what is free.
-        bucket_bytes: Wished size of one bucket.
+        bucket_bytes: Wished size of one bucket; at its default, rings in GPU memory take larger ones where they fit.
         deadlines: Limits of every wait.
     """
 
@@ -72,7 +73,7 @@ class UpdateSettings:
     strict: bool = False
     rolling: bool = False
     budget_bytes: int | None = None
-    bucket_bytes: int = 64 * MIB
+    bucket_bytes: int = BUCKET_BYTES
     deadlines: Deadlines = Deadlines()
 
     def __post_init__(self) -> None:

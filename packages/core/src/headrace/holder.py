@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from headrace.config import HostSettings, host_settings
 from headrace.control.dialer import Dialer
 from headrace.digests import digest
 from headrace.errors import (
+    BackendUnavailableError,
+    ConfigError,
     HeadraceError,
     LocalProtocolError,
     PeerLostError,
@@ -32,9 +34,9 @@ from headrace.errors import (
     TransportClosedError,
 )
 from headrace.manifest import HolderAddress
-from headrace.pipeline import PipelineStage, RingPipeline, RingSignals, signal_bytes
+from headrace.pipeline import RingPipeline
 from headrace.protocols import SteppedSource, WeightSource
-from headrace.segments.cuda import CudaSegment
+from headrace.rings import Cast, DeviceRing, HostRing, Pins, Ring
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
 from headrace.store.checkpoint import CheckpointSource
@@ -43,15 +45,15 @@ from headrace.store.live import LiveStore
 from headrace.store.store import Store
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Recorder
-from headrace.transports.collective import BroadcastGroup
+from headrace.transports.collective import Alone, BroadcastGroup, GlooGroup, NcclGroup, require_nccl
 from headrace.transports.mooncake_gate import Gate, Shown
-from headrace.transports.program import CopyProgram
 from headrace.transports.tcp_server import TcpServer
 
 logger = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.1
 SETTLE_S = 5.0
 GIVE_UP_S = 60.0
+JOIN_S = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,6 @@ class HolderTicket:
     server_key: str
     token: str
     index: int
-
-
-@dataclass
-class _Ring:
-    slots: HostSegment
-    signals: HostSegment
-    words: RingSignals
 
 
 class Holder:
@@ -104,7 +99,8 @@ class Holder:
         self._dialer = Dialer(ticket.endpoint, ticket.server_key)
         self._token = ticket.token
         self._group: BroadcastGroup | None = None
-        self._ring: _Ring | None = None
+        self._ring: Ring | None = None
+        self._pins = Pins()
         self._cancel = threading.Event()
         self._work = ThreadPoolExecutor(1, thread_name_prefix="headrace-holder")
         self._broadcasts = ThreadPoolExecutor(1, thread_name_prefix="headrace-broadcast")
@@ -141,7 +137,9 @@ class Holder:
         self._cancel.set()
         self._work.shutdown(cancel_futures=True)
         self._broadcasts.shutdown(cancel_futures=True)
+        self._leave_group()
         self._drop_ring()
+        self._pins.close()
         self._dialer.close(linger_s=1.0)
         self._tcp.close()
         if self._gate is not None:
@@ -194,8 +192,8 @@ class Holder:
                 raise LocalProtocolError(text)
 
     def _settle(self, message: wire.Settle) -> wire.Settled:
-        """Wait for a cancelled broadcast; the group may be inside a collective that never ends, so it is dropped."""
-        self._group = None
+        """Wait for a cancelled broadcast; the group may be inside a collective that never ends, so it is left."""
+        self._leave_group()
         self._broadcasts.submit(int).result(SETTLE_S)
         return wire.Settled(nonce=message.nonce)
 
@@ -248,100 +246,91 @@ class Holder:
         return wire.Digests(key=message.key, sums=sums)
 
     def _join_ring(self, message: wire.JoinRing) -> wire.RingReady:
-        if self._group is None or (self._group.store, self._group.world_size) != (
-            message.store,
-            message.world_size,
-        ):
-            self._group = BroadcastGroup(message.store, message.rank, message.world_size, deadline_s=60.0)
-        ring = self._make_ring(message.ring_bytes, message.num_receivers)
-        return wire.RingReady(ring=ring.slots.descriptor, signals=ring.signals.descriptor)
+        try:
+            ring = self._make_ring(message)
+        except (BackendUnavailableError, ConfigError) as error:
+            if not message.device_uuid:
+                raise
+            return wire.RingReady(ring=None, signals=None, refused=str(error))
+        if message.store:
+            self._join_group(message, ring.device)
+        slots, signals = ring.descriptors
+        return wire.RingReady(ring=slots, signals=signals)
 
-    def _make_ring(self, ring_bytes: int, num_receivers: int) -> _Ring:
-        ring = self._ring
-        if ring and (ring.slots.descriptor.num_bytes, ring.words.num_receivers) == (
-            ring_bytes,
-            num_receivers,
-        ):
-            ring.words.reset()
-            return ring
+    def _join_group(self, message: wire.JoinRing, device: torch.device | None) -> None:
+        store, rank, size = message.store, message.rank, message.world_size
+        if self._group is not None and self._group.place == (store, size, device):
+            return
+        self._leave_group()
+        if device is None:
+            self._group = GlooGroup(store, rank, size, JOIN_S)
+        elif size == 1:
+            self._group = Alone(store, device)
+        else:
+            self._group = NcclGroup(store, rank, size, JOIN_S, device)
+
+    def _leave_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+
+    def _make_ring(self, message: wire.JoinRing) -> Ring:
+        """Return a ring for an update: the kept one, where it serves as well."""
+        wanted = (message.device_uuid, message.ring_bytes, message.num_receivers)
+        if self._ring is not None and self._ring.key == wanted:
+            self._ring.words.reset()
+            return self._ring
         self._drop_ring()
-        slots = HostSegment(ring_bytes, "headrace-ring")
-        signals = HostSegment(signal_bytes(num_receivers), "headrace-signals", peers_write=True)
-        self._ring = _Ring(slots, signals, RingSignals(signals.tensor))
-        self._lender.lend(slots)
-        self._lender.lend(signals)
+        if message.device_uuid:
+            if message.world_size > 1:
+                require_nccl()
+            self._ring = DeviceRing(*wanted, self._lender, self._pins)
+        else:
+            self._ring = HostRing(message.ring_bytes, message.num_receivers, self._lender)
         return self._ring
 
     def _drop_ring(self) -> None:
-        if self._ring is None:
-            return
-        self._ring.words.cancel()
-        for segment in (self._ring.slots, self._ring.signals):
-            self._lender.withdraw(segment.descriptor.segment_id)
-            segment.close()
-        self._ring = None
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
 
     def _broadcast(self, message: wire.Broadcast) -> wire.BroadcastDone:
         ring, group = self._ring, self._group
         if ring is None or group is None:
             raise LocalProtocolError("a broadcast needs JoinRing first", phase="broadcast")
         plan = message.plan
-        stages = [
-            PipelineStage("fill", self._filler(message, ring)),
-            PipelineStage("broadcast", self._caster(message, ring, group)),
-        ]
-        pipeline = RingPipeline(
-            stages, len(plan.bucket_owner), plan.ring.depth, self._recorder, plan.bucket_bytes.tolist()
-        )
+        held = self._store.segments(message.version)
+        cast = Cast(plan, message.member, message.holder_of_member, held, message.deadline_s, self._check_cancel)
+        pipeline: RingPipeline | None = None
         limit = time.monotonic() + message.deadline_s
-        pipeline.start()
         try:
-            self._pass_on(pipeline, ring, len(plan.bucket_owner), limit)
-        except HeadraceError:
-            ring.words.cancel()
-            self._group = None
+            with self._recorder.span("bind"):
+                ring.prepare(cast)
+            num_buckets, sizes = len(plan.bucket_owner), plan.bucket_bytes.tolist()
+            pipeline = RingPipeline(
+                ring.stages(cast, group), num_buckets, plan.ring.depth, self._recorder, sizes
+            )
+            pipeline.start()
+            self._pass_on(pipeline, ring, num_buckets, limit)
+        except BaseException:
+            self._break_off(ring, pipeline)
             raise
-        finally:
-            pipeline.close()
+        pipeline.close()
         return wire.BroadcastDone(spans=tuple(self._recorder.drain()))
 
-    def _filler(self, message: wire.Broadcast, ring: _Ring) -> Callable[[int, int], None]:
-        plan, mine = message.plan, message.holder_of_member[message.member]
-        held: Sequence[HostSegment | CudaSegment] = self._store.segments(message.version)
-        sources = [segment.tensor for segment in held]
-        own = {segment.descriptor.segment_id: i for i, segment in enumerate(held)}
-        empty = torch.empty(0, dtype=torch.uint8)
-        blocks = [sources[own[s.segment_id]] if s.segment_id in own else empty for s in plan.segments]
-        slot_bytes = plan.ring.slot_bytes
+    def _break_off(self, ring: Ring, pipeline: RingPipeline | None) -> None:
+        """Leave nothing of a broken broadcast: receivers that come late must not find words of the next one."""
+        self._cancel.set()
+        ring.words.cancel()
+        self._leave_group()
+        if pipeline is not None:
+            pipeline.close()
+        self._drop_ring()
 
-        def fill(bucket: int, slot: int) -> None:
-            if plan.bucket_owner[bucket] != mine:
-                return
-            rows = plan.fill.take(slice(int(plan.fill_starts[bucket]), int(plan.fill_starts[bucket + 1])))
-            target = ring.slots.tensor[slot * slot_bytes : (slot + 1) * slot_bytes]
-            CopyProgram(rows, blocks, [target]).run()
-
-        return fill
-
-    def _caster(
-        self, message: wire.Broadcast, ring: _Ring, group: BroadcastGroup
-    ) -> Callable[[int, int], None]:
-        plan = message.plan
-        member_of = {holder: member for member, holder in enumerate(message.holder_of_member)}
-        slot_bytes = plan.ring.slot_bytes
-
-        def cast(bucket: int, slot: int) -> None:
-            begin = slot * slot_bytes
-            buffer = ring.slots.tensor[begin : begin + int(plan.bucket_bytes[bucket])]
-            group.broadcast(buffer, member_of[int(plan.bucket_owner[bucket])])
-            ring.words.announce(bucket + 1)
-
-        return cast
-
-    def _pass_on(self, pipeline: RingPipeline, ring: _Ring, num_buckets: int, limit: float) -> None:
+    def _pass_on(self, pipeline: RingPipeline, ring: Ring, num_buckets: int, limit: float) -> None:
         for bucket in range(num_buckets):
             left = limit - time.monotonic()
-            pipeline.wait_ready(bucket, left)
+            pipeline.wait_ready(bucket, left, self._check_cancel)
             ring.words.wait_applied(bucket + 1, left, self._check_cancel)
             pipeline.release(bucket)
 

@@ -91,17 +91,22 @@ class RingPipeline:
         """Number of slots."""
         return self._depth
 
-    def close(self, deadline_s: float = 5.0) -> None:
-        """Stop the stages and wait for their threads; idempotent. A stage that is inside a call ends after it."""
+    def close(self, deadline_s: float = 5.0) -> bool:
+        """Stop the stages and wait for their threads; idempotent. A stage that is inside a call ends after it.
+
+        Returns whether all have ended.
+        """
         with self._changed:
             self._failure = self._failure or TransportClosedError("the pipeline was closed")
             self._changed.notify_all()
         limit = time.monotonic() + deadline_s
         for thread in self._threads:
             thread.join(max(0.0, limit - time.monotonic()))
-        if not any(thread.is_alive() for thread in self._threads):
-            # A raised failure's traceback refers back to here: the cycle would keep slots in memory.
-            self._failure = TransportClosedError("the pipeline was closed")
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        # A raised failure's traceback refers back to here: the cycle would keep slots in memory.
+        self._failure = TransportClosedError("the pipeline was closed")
+        return True
 
     def _work(self, position: int) -> None:
         stage = self._stages[position]

@@ -32,6 +32,7 @@ class ReceiverNeeds:
         budget_bytes: Memory that staging may take at the receiver, opaque buffers included.
         device: Where its live tensors lie, as torch names it.
         reserved_bytes: Memory of that device that only the receiver stages in, beside the budget.
+        device_uuid: That GPU, whatever processes number it; empty on a CPU.
     """
 
     worker: WorkerId
@@ -40,6 +41,7 @@ class ReceiverNeeds:
     budget_bytes: int
     device: str = "cpu"
     reserved_bytes: int = 0
+    device_uuid: str = ""
 
 
 class Planner:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.config import MIB
+from headrace.config import BUCKET_BYTES, MIB
 from headrace.errors import CapacityError
 from headrace.geometry import RegionTable, dense_strides
 from headrace.plan import CopyTable, Ring, RingMode, buffered, staged_bytes
@@ -16,6 +16,7 @@ from headrace.types import I32, I64
 ALIGN_BYTES = 64
 LEAST_SLOT_BYTES = 4096
 MOST_DEPTH = 4
+DEVICE_BUCKET_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ def choose_ring(
         depth = min(MOST_DEPTH, room // slot)
         return Ring("overlapped", slot, depth, f"{short}: {depth} slots of {size(slot)} take turns")
     return _serial(room, bucket_bytes, short, reserved_bytes)
+
+
+def device_bucket_bytes(asked_bytes: int, room_bytes: int) -> int:
+    """Return the bucket size of a ring in GPU memory: what was asked for, else as large as `MOST_DEPTH` of them fit.
+
+    A bucket costs the host some tenths of a millisecond; over PCIe 5 it should take several.
+    """
+    if asked_bytes != BUCKET_BYTES:
+        return asked_bytes
+    return max(asked_bytes, min(DEVICE_BUCKET_BYTES, room_bytes // MOST_DEPTH))
 
 
 def mapped_ring(apply: CopyTable, room: int, *, on_gpu: bool) -> Ring:

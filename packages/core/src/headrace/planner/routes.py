@@ -15,7 +15,7 @@ from headrace.planner.bodies import Body, Needed, Packed, Served, direct_body, m
 from headrace.planner.broadcast import Broadcast
 from headrace.planner.digest_tables import param_ndims
 from headrace.planner.holdings import Holdings
-from headrace.planner.ring import check_reserved, mapped_ring
+from headrace.planner.ring import check_reserved, device_bucket_bytes, mapped_ring
 from headrace.planner.views import (
     COLLECTIVE,
     MAPPED,
@@ -213,7 +213,10 @@ class Router:
         view = self._everyone()
         needs = {receiver.recipe.key: self._needed(receiver) for receiver in receivers}
         room = min(r.budget_bytes - needs[r.recipe.key].opaque_bytes for r in receivers)
-        shared = Broadcast.of(list(needs.values()), self._holdings(view), self._settings.bucket_bytes, room)
+        bucket_bytes = self._settings.bucket_bytes
+        if all(receiver.on_gpu for receiver in receivers):
+            bucket_bytes = device_bucket_bytes(bucket_bytes, room)
+        shared = Broadcast.of(list(needs.values()), self._holdings(view), bucket_bytes, room)
         self._memo.pop(("holdings", view.key), None)  # as large as all manifests, and not needed again
         salt = ",".join(sorted(needs))
         bodies = {recipe: shared.body(needed) for recipe, needed in needs.items()}

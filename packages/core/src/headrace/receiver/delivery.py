@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -17,6 +18,7 @@ from headrace.receiver.feeds import Feed
 from headrace.receiver.mapped import MappedMemory
 from headrace.telemetry import Recorder
 
+logger = logging.getLogger(__name__)
 STAGE_COPY_S = 60.0
 
 
@@ -132,6 +134,8 @@ class RingDelivery:
             plan.bucket_bytes.tolist(),
         )
         self._released = 0
+        self._device = next((block.device for block in blocks if block.is_cuda), None)
+        self._is_complete = False
 
     def stage(self, deadline_s: float) -> None:
         """Fill as many slots as there are."""
@@ -143,6 +147,7 @@ class RingDelivery:
     def commit(self, deadline_s: float, writing: Callable[[], None], *, compare: bool) -> None:
         """Take bucket after bucket; may be repeated as long as no slot was given back."""
         limit = time.monotonic() + deadline_s
+        self._is_complete = False
         staged = self._plan.ring.depth >= self._plan.num_buckets
         for number, bucket in enumerate(self._buckets):
             if self._released > number:
@@ -158,13 +163,27 @@ class RingDelivery:
                     self._differences.check(bucket)
             if not staged:
                 self._give_back(number)
+        self._is_complete = True
 
     def close(self) -> None:
-        """Give all slots back and stop fetching."""
+        """Stop fetching and give all slots back; their mapping stays where something may still read it."""
+        self._feed.stop()
+        is_idle = self._pipeline.close() and self._is_idle()
         self._feed.release(self._plan.num_buckets)
-        self._feed.close()
-        self._pipeline.close()
         self._buckets.clear()
+        if is_idle:
+            self._feed.close()
+
+    def _is_idle(self) -> bool:
+        """Wait for copies that a GPU was given and nobody saw the end of: only where no commit came to its end."""
+        if self._device is None or self._is_complete:
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            logger.warning("%s failed: %s; a ring stays mapped", self._device, error)
+            return False
+        return True
 
     def _give_back(self, number: int) -> None:
         self._released = number + 1

@@ -14,17 +14,24 @@ from headrace.pipeline import RingSignals
 from headrace.plan import TransferPlan
 from headrace.protocols import Transport
 from headrace.receiver.blocks import allocate_bytes
+from headrace.segments.cuda import MappedCudaSegment
 from headrace.segments.host import MappedSegment
+from headrace.segments.lending import borrow
+from headrace.wire import RingAddress
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Where a ring's buckets come from: `fetch` blocks until a bucket is in its slot, `release` gives the slot back."""
+    """Where a ring's buckets come from: `fetch` blocks until a bucket is in its slot, `release` gives the slot back.
+
+    `stop` ends a `fetch` that waits; `close` gives the slots' memory back, when nothing reads them any more.
+    """
 
     name: str
     slots: Sequence[torch.Tensor]
     fetch: Callable[[int, int], None]
     release: Callable[[int], None]
+    stop: Callable[[], None]
     close: Callable[[], None]
 
 
@@ -49,7 +56,7 @@ def tcp_feed(
         rows = plan.fill.take(slice(int(plan.fill_starts[bucket]), int(plan.fill_starts[bucket + 1])))
         transport.wait(transport.submit(rows, plan.segments, [slots[slot]]), deadline_s)
 
-    return Feed("read", slots, fetch, lambda _count: None, lambda: None)
+    return Feed("read", slots, fetch, lambda _count: None, lambda: None, lambda: None)
 
 
 def _slot(num_bytes: int, *, pinned: bool) -> torch.Tensor:
@@ -58,8 +65,23 @@ def _slot(num_bytes: int, *, pinned: bool) -> torch.Tensor:
     return allocate_bytes(num_bytes, torch.device("cpu"))
 
 
+def open_ring(address: RingAddress, deadline_s: float) -> MappedSegment | MappedCudaSegment:
+    """Map the slots of a broadcasting holder: memory of this worker's GPU, or of its host.
+
+    Raises:
+        ConnectError: They cannot be mapped here.
+    """
+    if address.ring.kind == "cuda":
+        return MappedCudaSegment(address.ring)
+    return borrow(address.holder.unix_socket, address.ring, deadline_s)
+
+
 def broadcast_feed(
-    plan: TransferPlan, ring: MappedSegment, signals: RingSignals, receiver: int, deadline_s: float
+    plan: TransferPlan,
+    ring: MappedSegment | MappedCudaSegment,
+    signals: RingSignals,
+    receiver: int,
+    deadline_s: float,
 ) -> Feed:
     """Return a feed that waits for the broadcasting holder of this host to fill its slots; it closes `ring`."""
     size = plan.ring.slot_bytes
@@ -70,14 +92,11 @@ def broadcast_feed(
         if closed.is_set():
             raise TransportClosedError("the ring was closed")
 
-    def close() -> None:
-        closed.set()
-        ring.close()
-
     return Feed(
         "arrive",
         slots,
         lambda bucket, _slot: signals.wait_filled(bucket + 1, deadline_s, check_open),
         lambda count: signals.applied(receiver, count),
-        close,
+        closed.set,
+        ring.close,
     )

@@ -84,6 +84,7 @@ class Receiver:
             served_version=self.served_version,
             pending_version=self.pending_version,
             busy_with=busy_with,
+            device_uuid=identity.device_uuid if self.device.is_cuda else "",
         )
 
     def transport(self, name: str) -> Transport:

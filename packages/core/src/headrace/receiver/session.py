@@ -28,7 +28,7 @@ from headrace.protocols import Ticket
 from headrace.receiver.blocks import Destinations, unmet_fills, write_fills
 from headrace.receiver.buckets import Differences
 from headrace.receiver.delivery import Delivery, DirectDelivery, RingDelivery
-from headrace.receiver.feeds import broadcast_feed, tcp_feed
+from headrace.receiver.feeds import broadcast_feed, open_ring, tcp_feed
 from headrace.receiver.mapped import POPULATE_CHUNK_BYTES
 from headrace.recipe import FillTable, LoadRecipe
 from headrace.segments.lending import borrow, probe
@@ -186,7 +186,7 @@ class Session:
             return DirectDelivery(plan, message.holders, memory, blocks, differences, recorder)
         if message.ring is not None:
             address = message.ring
-            ring = borrow(address.holder.unix_socket, address.ring, PROBE_DEADLINE_S)
+            ring = open_ring(address, PROBE_DEADLINE_S)
             signals = borrow(address.holder.unix_socket, address.signals, PROBE_DEADLINE_S, writable=True)
             words = RingSignals(signals.tensor)
             if self._device.is_cuda:

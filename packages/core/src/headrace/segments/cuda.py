@@ -6,9 +6,42 @@ import hashlib
 
 import torch
 
-from headrace.errors import ConfigError, ConnectError, HeadraceError, LocalProtocolError
+from headrace.errors import (
+    BackendUnavailableError,
+    CapacityError,
+    ConfigError,
+    ConnectError,
+    HeadraceError,
+    LocalProtocolError,
+)
 from headrace.manifest import SegmentDescriptor
 from headrace.segments.cudart import IPC_HANDLE_BYTES, cuda_runtime
+
+GRAIN_BYTES = 2 << 20
+"""What drivers give GPU memory out in: smaller allocations share it, and would be lent together."""
+
+_owned_here: dict[str, int] = {}
+"""Addresses of this process's own segments: a process cannot open its own IPC handles."""
+
+
+def gpu_of(device_uuid: str) -> torch.device:
+    """Return the GPU with this uuid, as this process numbers them; initialises CUDA here.
+
+    Raises:
+        BackendUnavailableError: This process does not see it; says what it sees.
+    """
+    if not torch.cuda.is_available():
+        message = f"torch {torch.__version__} of the holder sees no GPU; install one that is built for CUDA"
+        raise BackendUnavailableError(message, name=device_uuid)
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    seen = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    if device_uuid not in seen:
+        message = (
+            f"the holder does not see GPU {device_uuid}, only {', '.join(seen)}; give it the engine's "
+            "CUDA_VISIBLE_DEVICES, and its container the same GPUs"
+        )
+        raise BackendUnavailableError(message, name=device_uuid)
+    return torch.device("cuda", seen.index(device_uuid))
 
 
 class CudaSegment:
@@ -46,6 +79,58 @@ class CudaSegment:
         return device_bytes(self.address, self.descriptor.num_bytes)
 
 
+class OwnedCudaSegment(CudaSegment):
+    """Memory of a GPU that this process has allocated to lend it, apart from torch's allocator. A handle; owns it.
+
+    Args:
+        num_bytes: Size; rounded up to `GRAIN_BYTES`.
+        device: The GPU.
+        salt: As CudaSegment's.
+
+    Raises:
+        CapacityError: The GPU has no room.
+        ConfigError: Its memory cannot be lent.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, salt: str) -> None:
+        self._device = device
+        self._owned: int | None = None
+        size = -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES
+        with torch.cuda.device(device):
+            self._owned = _allocate(size, device)
+            try:
+                super().__init__(self._owned, salt)
+            except BaseException:
+                self.close()
+                raise
+        _owned_here[self.descriptor.segment_id] = self._owned
+
+    def close(self) -> None:
+        """Give the memory back; idempotent. Nothing of this process may be using it any more."""
+        if self._owned is not None:
+            address, self._owned = self._owned, None
+            if hasattr(self, "descriptor"):
+                _owned_here.pop(self.descriptor.segment_id, None)
+            with torch.cuda.device(self._device):
+                cuda_runtime().free(address)
+
+
+def _allocate(num_bytes: int, device: torch.device) -> int:
+    try:
+        return cuda_runtime().allocate(num_bytes)
+    except CapacityError:
+        torch.cuda.empty_cache()
+    try:
+        return cuda_runtime().allocate(num_bytes)
+    except CapacityError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        message = (
+            f"{device} has {free / 1e6:.0f} MB of {total / 1e6:.0f} MB free, the ring takes {num_bytes / 1e6:.0f} MB; "
+            "lower budget_bytes or bucket_bytes, or leave more memory free beside the engine"
+        )
+        raise CapacityError(message, name="budget_bytes", phase="stage") from error
+
+
 class MappedCudaSegment:
     """A peer's GPU memory in this process's address space, on the calling thread's current device or a peer of it.
 
@@ -58,15 +143,22 @@ class MappedCudaSegment:
         if len(descriptor.ipc_handle) != IPC_HANDLE_BYTES:
             message = f"segment {descriptor.segment_id} has no IPC handle; the holder must run this version of Headrace"
             raise ConnectError(message, name=descriptor.segment_id)
+        self._opened_on = torch.cuda.current_device()
+        self._address: int | None = None
+        own = _owned_here.get(descriptor.segment_id)
+        self._tensor: torch.Tensor | None = None
+        if own is not None:
+            self._tensor = device_bytes(own, descriptor.num_bytes)
+            return
         try:
-            self._address: int | None = cuda_runtime().ipc_open(descriptor.ipc_handle)
+            self._address = cuda_runtime().ipc_open(descriptor.ipc_handle)
         except HeadraceError as error:
             message = (
                 f"GPU memory of segment {descriptor.segment_id} cannot be opened: {error}; both processes must see the "
                 "holder's GPU (CUDA_VISIBLE_DEVICES, container), and it must be a peer of this one"
             )
             raise ConnectError(message, name=descriptor.segment_id) from error
-        self._tensor: torch.Tensor | None = device_bytes(self._address, descriptor.num_bytes)
+        self._tensor = device_bytes(self._address, descriptor.num_bytes)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -85,9 +177,10 @@ class MappedCudaSegment:
 
     def close(self) -> None:
         """Unmap; idempotent. Nothing may be reading it any more."""
+        self._tensor = None
         if self._address is not None:
-            self._tensor = None
-            cuda_runtime().ipc_close(self._address)
+            with torch.cuda.device(self._opened_on):
+                cuda_runtime().ipc_close(self._address)
             self._address = None
 
 

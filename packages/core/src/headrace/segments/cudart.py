@@ -1,4 +1,4 @@
-"""The CUDA runtime that torch has loaded, as far as torch does not offer it: page-locking and batched copies."""
+"""The CUDA runtime that torch has loaded, as far as torch does not offer it: page-locking, batched copies, IPC."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ _NOT_SUPPORTED = 801
 _ACCESS_ORDER_STREAM = 1
 IPC_HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
+_PCI_ADDRESS_BYTES = 32
 _BATCH_SINCE = 12080
 _BATCH_WITHOUT_FAIL_INDEX_SINCE = 13000
 
@@ -83,6 +84,28 @@ class CudaRuntime:
         self._check(
             self._library.cudaHostUnregister(ctypes.c_void_p(address)), "giving page-locked memory back"
         )
+
+    def allocate(self, num_bytes: int) -> int:
+        """Return memory of the current device that no allocator of torch has a part in: it can always be lent.
+
+        Raises:
+            CapacityError: The device has no room.
+        """
+        address = ctypes.c_void_p()
+        code = self._library.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(num_bytes))
+        self._check(code, f"allocating {num_bytes} bytes of GPU memory")
+        return address.value or 0
+
+    def free(self, address: int) -> None:
+        """Take `allocate` back; waits for everything that the device was given."""
+        self._check(self._library.cudaFree(ctypes.c_void_p(address)), "giving GPU memory back")
+
+    def pci_address(self, device: int) -> str:
+        """Return where a GPU sits, as `/sys/bus/pci/devices` names it: `0000:1b:00.0`."""
+        text = ctypes.create_string_buffer(_PCI_ADDRESS_BYTES)
+        code = self._library.cudaDeviceGetPCIBusId(text, ctypes.c_int(len(text)), ctypes.c_int(device))
+        self._check(code, "asking where a GPU sits")
+        return text.value.decode().lower()
 
     def allocation_of(self, address: int) -> tuple[int, int]:
         """Return begin and size of the device allocation that an address lies in."""

@@ -27,7 +27,7 @@ from headrace.plan import UpdatePlan
 from headrace.planner import Planner, ReceiverNeeds, planned_rows
 from headrace.protocols import EngineControl, Ticket
 from headrace.recipe import LoadRecipe
-from headrace.server.broadcast import BroadcastRun, RingHost, pair_with_holders
+from headrace.server.broadcast import BroadcastRun, Placement, RingHost, pair_with_holders
 from headrace.server.commit import Instance, Member, commit_instance, take_back
 from headrace.server.guardian import Guardian
 from headrace.server.holders import HolderPool, ProgressCallback
@@ -197,7 +197,8 @@ class Update:
 
     def _publish(self, peers: Sequence[Peer]) -> list[Manifest]:
         """Have the holders read; receivers describe themselves meanwhile where the holders' addresses are known."""
-        count = self._num_holders or (len(peers) if self._settings.route == "broadcast" else 1)
+        devices = {_hello(peer).device_uuid or peer.key for peer in peers}
+        count = self._num_holders or (len(devices) if self._settings.route == "broadcast" else 1)
         holders = self._kept.holders
         with self._phase("read"):
             holders.ensure(count)
@@ -258,10 +259,17 @@ class Update:
             worker=_hello(peer).worker,
             recipe=recipe,
             reachable=frozenset(index[name] for name in answer.reachable),
-            budget_bytes=_steady(answer.budget_bytes) if budget is None else budget,
+            budget_bytes=self._free_bytes(peer, answer) if budget is None else budget,
             reserved_bytes=answer.reserved_bytes if budget is None else min(answer.reserved_bytes, budget),
             device=_hello(peer).device,
+            device_uuid=_hello(peer).device_uuid,
         )
+
+    def _free_bytes(self, peer: Peer, answer: wire.Described) -> int:
+        """Return a worker's budget where none is set; a ring that a holder keeps on its GPU serves broadcasts again."""
+        if self._settings.route == "direct":
+            return _steady(answer.budget_bytes)
+        return _steady(self._kept.rings.budget_bytes(_hello(peer).device_uuid, answer.budget_bytes))
 
     def _make_plan(self, manifests: Sequence[Manifest]) -> UpdatePlan:
         unused = self.unused_names()
@@ -304,8 +312,12 @@ class Update:
         with self._phase("stage"):
             if plan.broadcast is not None:
                 served_by = pair_with_holders([t.route == "broadcast" for t in plan.receivers], self._needs)
-                self._broadcast = BroadcastRun(plan.broadcast, self._kept.holders.peers, self._kept.rings)
-                rings = self._broadcast.start(self.version, served_by, holders, limits)
+                placement = Placement.of(served_by, self._needs, len(holders))
+                peers = self._kept.holders.peers
+                self._broadcast = BroadcastRun(plan.broadcast, peers, self._kept.rings, placement)
+                rings = self._broadcast.start(self.version, self._needs, holders, limits)
+                for member in self.members:
+                    member.plan = self._broadcast.noted(member.plan) if member.plan else None
             for member, transfer, ring in zip(self.members, plan.receivers, rings, strict=True):
                 member.peer.send(
                     wire.Stage(
@@ -319,8 +331,18 @@ class Update:
                 )
             if self._settings.verify == "digest":
                 self._ask_sums(plan)
-            peers = [member.peer for member in self.members]
-            gather(peers, wire.Staged, limits.stage_s, "stage", watch=self._kept.holders.peers)
+            self._wait_staged()
+
+    def _wait_staged(self) -> None:
+        """Wait until all receivers have staged; where a broadcast ended because of a holder, that is the error."""
+        limit_s, holders = self._settings.deadlines.stage_s, self._kept.holders.peers
+        try:
+            gather([member.peer for member in self.members], wire.Staged, limit_s, "stage", watch=holders)
+        except HeadraceError as error:
+            cause = self._broadcast.cancel() if self._broadcast is not None else None
+            if cause is not None:
+                raise cause from error
+            raise
 
     def _ask_sums(self, plan: UpdatePlan) -> None:
         """Ask holders for the sums that each receiver must find; receivers with equal needs are asked for once."""
@@ -373,6 +395,7 @@ class Update:
             error.weights_state = "new"
         self._kept.holders.release(self.version)
         self._kept.holders.settle(SETTLE_S)
+        self._kept.rings.broken()
         for instance in self.instances:
             if instance.target:
                 self._kept.guardian.resumed(instance.target)

@@ -40,9 +40,8 @@ class RecipeBackend:
         device: str = "cpu",
     ) -> None:
         self.recipe = recipe
-        self._identity = WorkerIdentity(
-            worker, world_size, device, f"{device}-{worker.rank}", f"recipe {recipe.key}"
-        )
+        uuid = _device_uuid(torch.device(device), worker)
+        self._identity = WorkerIdentity(worker, world_size, device, uuid, f"recipe {recipe.key}")
         self._live = self._make_live(recipe)
         self._budget_bytes = budget_bytes
         self._loaded_from = loaded_from
@@ -124,6 +123,13 @@ class RecipeBackend:
             self.load((meta.name, read(meta.name)) for meta in source.metadata())
         finally:
             source.close()
+
+
+def _device_uuid(device: torch.device, worker: WorkerId) -> str:
+    """Return which GPU this is; on a CPU every worker has a device of its own."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return f"{device}-{worker.rank}"
 
 
 def write_recipe(recipe: LoadRecipe, live: Mapping[str, torch.Tensor], pairs: NamedTensors) -> None:

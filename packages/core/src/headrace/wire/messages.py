@@ -46,6 +46,8 @@ class ReceiverHello(Message, frozen=True):
     pending_version: int | None
     busy_with: str | None = None
     """Update that holds this receiver, if any; the coordinator must give up or wait."""
+    device_uuid: str = ""
+    """The GPU of its live tensors, as torch names it; empty on a CPU."""
 
 
 class HolderHello(Message, frozen=True):
@@ -133,10 +135,14 @@ class Digests(Message, frozen=True):
 
 
 class RingReady(Message, frozen=True):
-    """A holder has joined the group and made its ring; receivers may map it."""
+    """A holder has made its ring, and joined the group if it was told to; receivers may open it.
 
-    ring: SegmentDescriptor
-    signals: SegmentDescriptor
+    `refused` says why there can be none on the GPU that was asked for; then there is none.
+    """
+
+    ring: SegmentDescriptor | None
+    signals: SegmentDescriptor | None
+    refused: str = ""
 
 
 class Settled(Message, frozen=True):
@@ -240,14 +246,16 @@ class SumDigests(Message, frozen=True):
 
 
 class JoinRing(Message, frozen=True):
-    """Join the broadcast group (made once and kept) and make a ring for an update."""
+    """Make a ring for an update and join the broadcast group (made once and kept)."""
 
     rank: int
     world_size: int
     store: str
-    """`host:port` of the rendezvous store."""
+    """`host:port` of the rendezvous store; empty to make only the ring."""
     ring_bytes: int
     num_receivers: int
+    device_uuid: str = ""
+    """GPU whose memory the slots lie in, and which NCCL broadcasts; empty for host memory and gloo."""
 
 
 class Broadcast(Message, frozen=True):

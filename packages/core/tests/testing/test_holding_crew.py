@@ -1,0 +1,72 @@
+"""Parts of a source in processes of their own are one source, also after one of them was killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from headrace.errors import HeadraceError
+from headrace.geometry import Box
+from headrace.protocols import SourceRegion
+from headrace.server.parameter_server import ParameterServer
+from headrace.testing import shapes
+from headrace.testing.bare_engine import BareEngine
+from headrace.testing.holding_crew import HoldingCrew
+from headrace.testing.recipe_backend import RecipeBackend
+from headrace.types import ParamTable, WorkerId
+
+SHAPE = shapes.ModelShape(layers=2, hidden=48, vocab=250, heads=6, kv_heads=6, head_dim=8, intermediate=96)
+PARAMS = shapes.params_of(SHAPE)
+
+
+class NumberedSource:
+    """Every element of a tensor is the version; one part has every `parts`th tensor."""
+
+    def __init__(self, part: int, parts: int, version: Any) -> None:
+        self._version = version
+        self._regions = [SourceRegion(m.name, Box.whole(m.shape)) for m in list(PARAMS)[part::parts]]
+
+    def metadata(self) -> ParamTable:
+        return PARAMS
+
+    def regions(self) -> Sequence[SourceRegion]:
+        return self._regions
+
+    def read(self, _region: SourceRegion, out: memoryview) -> None:
+        torch.frombuffer(out, dtype=torch.bfloat16).fill_(self._version.value)
+
+    def close(self) -> None:
+        pass
+
+
+def make_worker(worker: WorkerId, world_size: int) -> RecipeBackend:
+    recipe = shapes.tp_recipe(PARAMS, world_size, worker.rank, kv_heads=SHAPE.kv_heads)
+    return RecipeBackend(recipe, worker, world_size)
+
+
+def values(backend: RecipeBackend, _receiver: object) -> set[float]:
+    return {float(value) for tensor in backend.live_tensors().values() for value in tensor.unique()}
+
+
+@pytest.mark.timeout(180)
+def test_parts_are_broadcast_and_replaced() -> None:
+    version = multiprocessing.get_context("spawn").Value("q", 1)
+    with (
+        HoldingCrew(NumberedSource, 2, version) as crew,
+        BareEngine(make_worker, 2) as engine,
+        ParameterServer(source=crew.source, launch=crew) as server,
+    ):
+        server.update(engine.control, route="broadcast")
+        assert engine.call_all(values) == [{1.0}, {1.0}]
+        os.kill(crew.pids[0], signal.SIGKILL)
+        version.value = 2
+        with pytest.raises(HeadraceError):
+            server.update(engine.control, route="broadcast")
+        server.update(engine.control, route="broadcast")
+        assert engine.call_all(values) == [{2.0}, {2.0}]
