@@ -27,6 +27,7 @@ from headrace.plan import UpdatePlan
 from headrace.planner import Planner, ReceiverNeeds, planned_rows
 from headrace.protocols import EngineControl, Ticket
 from headrace.recipe import LoadRecipe
+from headrace.server.barrier import choose_barriers
 from headrace.server.broadcast import BroadcastRun, RingHost, pair_with_holders
 from headrace.server.commit import Instance, Member, commit_instance, take_back
 from headrace.server.guardian import Guardian
@@ -75,7 +76,7 @@ class Update:
         self.first = False
         self.step: int | None = None
         self.recorder = Recorder("updater")
-        self.instances = [Instance(control, target, new_token()) for control, target in controls]
+        self.instances = [Instance(control, target, new_token(), self.id) for control, target in controls]
         self._kept = kept
         self._settings = settings
         self._metas = metas
@@ -107,6 +108,7 @@ class Update:
             manifests = self._publish(len(peers))
             self._describe(peers, manifests)
             plan = self._make_plan(manifests)
+            choose_barriers(self.instances, self._settings)
             self._fill(plan, manifests)
             self._stage(plan, manifests)
             self._commit()
@@ -345,7 +347,8 @@ class Update:
             self._broadcast.finish(FINISH_S)
 
     def _commit_one(self, instance: Instance) -> None:
-        if instance.target:
+        # Workers that are held decide for themselves where the updater dies; a ticket could not even reach them.
+        if instance.target and instance.barrier == "pause":
             self._kept.guardian.paused(instance.target)
         commit_instance(instance, self.version, self._settings, self.recorder)
         if instance.target:
