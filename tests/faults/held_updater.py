@@ -14,10 +14,8 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Any
 
-from faults_updater import stop, stop_at_finish
+from faults_updater import update_to
 
-from headrace import wire
-from headrace.server import commit
 from headrace.server.parameter_server import ParameterServer
 
 CALLS = ("wait_ready", "expected_receivers", "enrol", "pause", "confirm", "resume", "served_version",
@@ -81,36 +79,10 @@ for _name in CALLS:
     setattr(DistantControl, _name, _method(_name))
 
 
-def commit_one(instance: Any, deadline_s: float) -> None:
-    member = instance.members[0]
-    member.peer.send(wire.Commit(deadline_s=deadline_s))
-    member.peer.expect(wire.Committed, deadline_s, "commit")
-    stop()
-
-
-def finish_one(peers: Any, message: Any, *rest: Any) -> Any:
-    if not isinstance(message, wire.Finish):
-        return ASK_ALL(peers, message, *rest)
-    ASK_ALL(peers[:1], message, *rest)
-    return stop()
-
-
-ASK_ALL = commit.ask_all
-PLACES = {
-    "unheld": ("HoldCall", stop),
-    "held": ("ask_all", stop),
-    "prepared": ("_commit_ranks", stop),
-    "half": ("_commit_ranks", commit_one),
-    "committed": ("ask_all", stop_at_finish),
-    "finished": ("ask_all", finish_one),
-}
-
-
 def main(checkpoint: str, path: str, place: str) -> None:
     """Update, and stop at the place."""
-    setattr(commit, *PLACES[place])
     with ParameterServer(checkpoint) as server:
-        server.update(DistantControl(path), cache="keep", barrier="hold")  # type: ignore[arg-type]
+        update_to(server, DistantControl(path), f"hold-{place}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_a_hold_that_comes_too_late_is_none(make_world: MakeWorld) -> None:
 
 
 def test_what_is_no_case_for_a_hold(make_world: MakeWorld) -> None:
-    """The report says why the engine was paused; where a hold was asked for, nothing is stopped and all reasons come."""
+    """The report says why the engine was paused; where a hold was asked for, it says all and nothing is stopped."""
     world = held_world(make_world, 2, loaded_seed=None)
     server = world.trainer(2)
     with pytest.raises(PlanError, match=r"no.* confirmed version.*own loader") as caught:
@@ -242,13 +243,11 @@ def test_a_version_that_cannot_be_set_ends_the_worker(make_world: MakeWorld) -> 
 
 def test_a_worker_killed_in_the_hold_ends_the_other(make_world: MakeWorld) -> None:
     world = held_world(make_world, 2)
-    world.arm(0, Fault(point="enter", action="delay", seconds=3.0))
+    world.arm(1, Fault(point="enter", action="delay", seconds=3.0))
     server = world.trainer(2)
 
     def kill(phase: str, _done: int, _total: int) -> None:
         if phase == "commit":
-            import threading
-
             threading.Timer(1.0, world.engine.kill, [1]).start()
 
     with pytest.raises(HeadraceError) as caught:

@@ -360,6 +360,8 @@ class Update:
             self._broadcast.cancel()
         limit = self._settings.deadlines.pause_s
         error.engines = {i.control.address: take_back(i, error, limit) for i in self.instances}
+        held = {instance.control.address for instance in self.instances if instance.call is not None}
+        error.ended = [name for name, state in error.engines.items() if state == "mixed" and name in held]
         states = set(error.engines.values())
         if "mixed" in states:
             error.weights_state = "mixed"
