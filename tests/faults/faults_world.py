@@ -178,12 +178,14 @@ class World:
         engine: The engine; its `control` is what updates go to.
         seed: Weights that must be live now.
         version: Version that must be reported now.
+        holds: Whether updates go to the control that can hold.
     """
 
     def __init__(self, folder: Path, *, workers: int = 2, **layout: Any) -> None:
         self.folder = folder
         self.layout = Layout(**layout)
         self.workers = workers
+        self.holds = False
         self.seed = self.layout.loaded_seed
         self.version: int | None = None if self.seed is None else 0
         start = None if self.seed is None else str(self.checkpoint(self.seed))
@@ -193,7 +195,7 @@ class World:
     @property
     def control(self) -> Any:
         """The engine's control."""
-        return self.engine.control
+        return self.engine.holding if self.holds else self.engine.control
 
     def checkpoint(self, seed: int) -> Path:
         """Return the folder of a seed's checkpoint, made once."""

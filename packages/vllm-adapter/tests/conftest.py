@@ -18,7 +18,7 @@ from prompts import PROMPT, RunOffline  # noqa: E402
 from vllm_variables import QUIET  # noqa: E402
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-NEED_VLLM = ["test_drafts.py", "test_families.py", "test_offline.py", "test_server.py", "test_workers.py"]
+NEED_VLLM = [f"test_{name}.py" for name in ("drafts", "families", "holds", "offline", "server", "workers")]
 collect_ignore = [] if HAS_VLLM else NEED_VLLM
 
 

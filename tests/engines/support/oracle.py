@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,31 @@ class Oracle:
                 for item, expected in zip(part, self._logprobs(version, part), strict=True):
                     found += _differences(item, version, expected)
         return found
+
+    def problems_with_kept_caches(
+        self, prompt: Sequence[int], answer: Mapping[str, Any], versions: Sequence[str]
+    ) -> list[str]:
+        """Return what is wrong with an answer whose every step used the KV of the steps before, of whatever weights.
+
+        Each token must be what the version that it says it is of makes of them: one step more or less shows.
+        """
+        expected = self._stepwise(prompt, answer["tokens"], versions)
+        said = set(versions)
+        return [p for version in said for p in _differences((prompt, answer, versions), version, expected)]
+
+    @torch.inference_mode()
+    def _stepwise(self, prompt: Sequence[int], tokens: Sequence[int], versions: Sequence[str]) -> torch.Tensor:
+        """Return log-probabilities by position, the answer's steps being computed by one version after another."""
+        from transformers import DynamicCache
+
+        cache, rows, begin = DynamicCache(), [], 0
+        for version, steps in itertools.groupby(versions):
+            end = begin + len(list(steps))
+            given = [*prompt, *tokens][len(prompt) - 1 + begin if begin else 0 : len(prompt) - 1 + end]
+            made = self._models[version](torch.tensor([given]), past_key_values=cache, use_cache=True)
+            rows.append(made.logits[0].float())
+            begin = end
+        return torch.log_softmax(torch.cat(rows), -1)
 
     @torch.inference_mode()
     def _logprobs(

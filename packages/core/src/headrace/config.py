@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from headrace.errors import ConfigError
-from headrace.types import CacheMode, RouteName, VerifyMode
+from headrace.types import BarrierName, CacheMode, RouteName, VerifyMode
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -56,6 +56,9 @@ class UpdateSettings:
         route: `auto` lets the planner choose per receiver.
         transport: `auto`, or the name of one transport that must be used (`memory`, `tcp`, ...).
         cache: `recompute` drops KV of the old weights, `keep` keeps it.
+        barrier: What keeps forward steps out of the commit. `pause`: the engine's own pause. `hold`: its workers stand
+            still inside one call, which is shorter and needs that caches are kept and all bytes are near. `auto` holds
+            where that can be done.
         verify: `digest` compares sums of every destination box, `full` compares bytes, `none` nothing.
         version: Version to serve afterwards; None takes the greatest served plus one.
         strict: Refuse source names that nothing uses.
@@ -68,6 +71,7 @@ class UpdateSettings:
     route: RouteName = "auto"
     transport: str = "auto"
     cache: CacheMode = "recompute"
+    barrier: BarrierName = "auto"
     verify: VerifyMode = "digest"
     version: int | None = None
     strict: bool = False
@@ -77,11 +81,15 @@ class UpdateSettings:
     deadlines: Deadlines = Deadlines()
 
     def __post_init__(self) -> None:
-        for name, allowed in (("route", RouteName), ("cache", CacheMode), ("verify", VerifyMode)):
+        choices = {"route": RouteName, "cache": CacheMode, "barrier": BarrierName, "verify": VerifyMode}
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in get_args(allowed):
                 message = f"{name} is {value!r}; choose one of {', '.join(get_args(allowed))}"
                 raise ConfigError(message, name=name)
+        if self.barrier == "hold" and self.cache != "keep":
+            message = "a hold drops no caches; give cache=keep with it, or barrier=pause"
+            raise ConfigError(message, name="barrier")
         if self.version is not None and self.version < 0:
             raise ConfigError(f"version is {self.version}; it must not be negative", name="version")
         if self.bucket_bytes < 4096:

@@ -44,6 +44,7 @@ class HeadraceError(Exception):
         retryable: Whether the same call may succeed later without a change by the user.
         weights_state: What the engine serves now: all `old`, all `new`, or `mixed`.
         engines: What each engine of a failed update serves now, by address; told in the text where they are several.
+        ended: Engines whose held workers ended themselves, as their weights may be mixed; told in the text.
     """
 
     def __init__(  # noqa: PLR0913 - the context of an update, all optional
@@ -67,9 +68,12 @@ class HeadraceError(Exception):
         self.retryable = retryable
         self.weights_state: WeightsState = weights_state
         self.engines: Mapping[str, WeightsState] = {}
+        self.ended: Sequence[str] = ()
 
     def __str__(self) -> str:
         text = super().__str__()
+        if self.ended:
+            text += f"; workers of {', '.join(self.ended)} ended rather than serve a mixture: restart it"
         if len(self.engines) < 2:
             return text
         return f"{text} (weights now: {', '.join(f'{name} {state}' for name, state in self.engines.items())})"

@@ -209,6 +209,33 @@ class EngineControl(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldingControl(EngineControl, Protocol):
+    """An EngineControl whose engine can also be held: its workers stand still inside one call, without a pause.
+
+    Call order: 1. `hold_obstacle`. 2. `enrol` as ever. 3. `hold`, in place of `pause` and `resume`. 4. `confirm`.
+    """
+
+    def hold_obstacle(self, deadline_s: float) -> str | None:
+        """Return why this engine cannot be held now, or None where it can.
+
+        It can where one call reaches all workers between the same two forward steps: so not where there are several
+        data-parallel engines or pipeline stages, nor where forward steps are paused already.
+        """
+        ...
+
+    def hold(self, update_id: str, deadline_s: float) -> None:
+        """Have every worker call `Receiver.hold`; returns when all have gone on. Called in a thread of its own.
+
+        Every token is of the version whose weights it was computed with, also where steps were on their way.
+
+        Args:
+            update_id: The update whose receivers let go.
+            deadline_s: Limit of the call, and of each worker's stand.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SourceRegion:
     """A piece of a parameter that a source's rank holds: parameter name and Box in its global index space."""

@@ -55,11 +55,16 @@ class EngineReport:
 
     Attributes:
         address: The engine as it was named.
-        stall_s: Seconds between its pause and its resume.
+        stall_s: Seconds between its pause and its resume; for a hold, from the first worker that stood to the last
+            that went on.
+        barrier: `pause` or `hold`.
+        why: Why this barrier, one sentence.
     """
 
     address: str
     stall_s: float
+    barrier: str = "pause"
+    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class UpdateReport:
         read_s: Seconds of reading or publishing the source.
         plan_s: Seconds of planning.
         stage_s: Seconds of staging (engine serving).
-        stall_s: Longest time between pause and resume of any instance.
+        stall_s: Longest stall of any engine.
         total_s: From the call to the end of the last instance's resume.
         overhead_s: Part of `total_s` spent neither reading, planning, staging nor stalled.
         spans: Everything that was timed, on every process of this host.

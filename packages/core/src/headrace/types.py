@@ -22,6 +22,7 @@ DTypeKind = Literal["float", "quantised", "integer"]
 RouteName = Literal["auto", "direct", "broadcast", "p2p"]
 CacheMode = Literal["recompute", "keep"]
 VerifyMode = Literal["none", "digest", "full"]
+BarrierName = Literal["auto", "pause", "hold"]
 
 
 @dataclass(frozen=True, slots=True)

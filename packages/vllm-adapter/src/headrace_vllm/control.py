@@ -15,6 +15,7 @@ from headrace.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
+from headrace_vllm.calls import HOLD, OBSTACLE, obstacle_of
 
 if TYPE_CHECKING:
     import httpx
@@ -69,6 +70,19 @@ class VllmControl(HttpEngine):
         """Freeze requests; with `recompute` their KV and all prefix caches are dropped."""
         clear = "true" if cache == "recompute" else "false"
         self._request("POST", "/pause", deadline_s, params={"mode": "keep", "clear_cache": clear})
+
+    def hold_obstacle(self, deadline_s: float) -> str | None:
+        """Return why this server's workers cannot be held, as its engine core says."""
+        response = self._send("POST", "/collective_rpc", deadline_s, json={"method": OBSTACLE})
+        if not response.is_success:
+            return f"it does not take calls to its workers (/collective_rpc: {_brief(response)})"
+        return obstacle_of((decoded(response) or {}).get("results"))
+
+    def hold(self, update_id: str, deadline_s: float) -> None:
+        """Have every worker stand still, between the same two forward steps, until its receiver lets go."""
+        # vLLM gets no time-out: one that passed there would leave answers of workers for later calls to find.
+        call = {"method": HOLD, "kwargs": {"update_id": update_id, "deadline_s": deadline_s}}
+        self._request("POST", "/collective_rpc", deadline_s, json=call)
 
     def confirm(self, version: int, deadline_s: float) -> None:
         """Have vLLM report the version: `/weight_info`, and the spans of every token from now on."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.adapter.calls import await_within, call_within, running_loop, version_number
 from headrace.errors import ConfigError
+from headrace_vllm.calls import HOLD, OBSTACLE, obstacle_of
 
 if TYPE_CHECKING:
     from headrace.protocols import EngineControl, Ticket
@@ -86,7 +87,11 @@ class _Attached:
 
 
 class LlmControl(_Attached):
-    """EngineControl of an `LLM`: no request is in flight between its calls; queued ones of an `LLMEngine` are kept."""
+    """EngineControl of an `LLM`: no request is in flight between its calls; queued ones of an `LLMEngine` are kept.
+
+    It holds no workers: nobody waits for a token between its calls, and a worker may be the user's own process, which
+    a hold that goes wrong would end.
+    """
 
     def __init__(self, engine: Any, config: Any, method: str) -> None:  # noqa: ANN401
         super().__init__(config, method)
@@ -147,6 +152,15 @@ class AsyncLlmControl(_Attached):
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Freeze requests; with `recompute` their KV and all prefix caches are dropped."""
         self._wait(self._engine.pause_generation(mode="keep", clear_cache=cache == "recompute"), deadline_s)
+
+    def hold_obstacle(self, deadline_s: float) -> str | None:
+        """Return why this engine's workers cannot be held, as its engine core says."""
+        return obstacle_of(self._wait(self._engine.collective_rpc(OBSTACLE), deadline_s))
+
+    def hold(self, update_id: str, deadline_s: float) -> None:
+        """Have every worker stand still, between the same two forward steps, until its receiver lets go."""
+        told = {"update_id": update_id, "deadline_s": deadline_s}
+        self._wait(self._engine.collective_rpc(HOLD, kwargs=told), deadline_s)
 
     def confirm(self, version: int, deadline_s: float) -> None:
         """Have vLLM report the version; one before 0.29 knows none, and this control keeps it."""

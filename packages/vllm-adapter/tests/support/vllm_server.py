@@ -22,6 +22,7 @@ def find_version() -> str:
 
 START_S = 150.0
 SUPPORT = Path(__file__).parent
+SERVER = "vllm.entrypoints.openai.api_server"
 TRANSFER = '{"backend":"headrace"}'
 INSTALLED = tuple(int(part) for part in find_version().split(".")[:2])
 REPORTS_VERSIONS = INSTALLED >= (0, 32)
@@ -66,8 +67,9 @@ class VllmServer(ServerProcess):
             if extension
             else ("--weight-transfer-config", TRANSFER)
         )
-        doors += ("--worker-extension-cls", "nopack.Unpacked") if unpacked else ()
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        doors += ("--worker-extension-cls", "nopack.Unpacked") if unpacked and not extension else ()
+        launched = [str(SUPPORT / "unpacked_server.py")] if unpacked and extension else ["-m", SERVER]
+        command = [sys.executable, *launched, "--model", str(model)]
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), *SMALL]
         command += [*(("--enable-scale-out",) if REPORTS_VERSIONS else ()), *doors, *options]
         path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))

@@ -45,6 +45,15 @@ def receiver_of(model: nn.Module, make_backend: Callable[[], InferenceBackend]) 
     return receiver
 
 
+def hold(update_id: str, deadline_s: float) -> int | None:
+    """Stand still in the receiver that takes part in an update; returns the version that was taken, or None.
+
+    Called on the worker's own thread, see `Receiver.hold`; returns at once where no receiver here takes part.
+    """
+    taken = (receiver.hold(update_id, deadline_s) for receiver in list(_receivers.values()))
+    return next((version for version in taken if version is not None), None)
+
+
 def leave(model: nn.Module) -> None:
     """End a model's receiver, if it has one; a running update fails."""
     receiver = _receivers.pop(model, None)

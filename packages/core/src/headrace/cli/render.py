@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headrace.cli.console import format_bytes, format_seconds
-from headrace.report import UpdateReport, WorkerReport
+from headrace.report import EngineReport, UpdateReport, WorkerReport
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +21,10 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
     `verify`, `bytes` (of all workers), `live_bytes` (written into live tensors in the pause), `seconds` (`read`,
     `plan`, `stage`, `commit`, `stall`, `total`, `overhead`), `gb_per_s` (live bytes over the longest commit, 1e9),
     `memcpy_gb_per_s` and `share_of_memcpy` (None where no ceiling was measured), `unused_names`,
-    `engines`, each with `address` and `seconds` (`stall`), and `workers`, each with `instance`, `rank`, `route`,
-    `transport`, `why`, `ring`, `bytes`, `live_bytes`, `casts`, `seconds` (`stage`, `commit`, `verify`),
-    `opaque_names`, `left_names` (live tensors that the source has nothing for). Spans are in the trace, not here.
+    `engines`, each with `address`, `barrier` (`pause` or `hold`), `barrier_why` and `seconds` (`stall`), and
+    `workers`, each with `instance`, `rank`, `route`, `transport`, `why`, `ring`, `bytes`, `live_bytes`, `casts`,
+    `seconds` (`stage`, `commit`, `verify`), `opaque_names`, `left_names` (live tensors that the source has nothing
+    for). Spans are in the trace, not here.
 
     Args:
         report: What an update returned.
@@ -46,8 +47,17 @@ def report_json(report: UpdateReport, memcpy_gb_per_s: float | None = None) -> d
         "memcpy_gb_per_s": memcpy_gb_per_s,
         "share_of_memcpy": _share(report, memcpy_gb_per_s),
         "unused_names": list(report.unused_names),
-        "engines": [{"address": e.address, "seconds": {"stall": e.stall_s}} for e in report.engines],
+        "engines": [_engine_json(engine) for engine in report.engines],
         "workers": [_worker_json(worker) for worker in report.workers],
+    }
+
+
+def _engine_json(engine: EngineReport) -> dict[str, object]:
+    return {
+        "address": engine.address,
+        "barrier": engine.barrier,
+        "barrier_why": engine.why,
+        "seconds": {"stall": engine.stall_s},
     }
 
 
@@ -139,7 +149,8 @@ def _notes(report: UpdateReport) -> list[str]:
     casts = dict.fromkeys(f"cast: {cast}" for w in report.workers for cast in w.casts)
     opaque = dict.fromkeys(name for w in report.workers for name in w.opaque_names)
     engines = [f"{e.address} stood still for {format_seconds(e.stall_s)}" for e in report.engines]
-    notes = [*(engines if len(engines) > 1 else ()), *reasons, *rings, *casts]
+    barriers = dict.fromkeys(f"{e.barrier}: {e.why}" for e in report.engines if e.why)
+    notes = [*(engines if len(engines) > 1 else ()), *reasons, *rings, *barriers, *casts]
     if opaque:
         notes.append(f"through the engine's own loader: {_names(list(opaque))}")
     left = dict.fromkeys(name for w in report.workers for name in w.left_names)

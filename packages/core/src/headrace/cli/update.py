@@ -51,6 +51,10 @@ def update(
     cache: Annotated[
         str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")
     ] = "recompute",
+    barrier: Annotated[
+        str,
+        typer.Option(help="pause: the engine's own; hold: inside one call to its workers; auto: hold where it can be."),
+    ] = "auto",
     verify: Annotated[str, typer.Option(help="none, digest or full.")] = "digest",
     version: Annotated[
         int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")
@@ -81,6 +85,7 @@ def update(
         route=_any(route),
         transport=transport,
         cache=_any(cache),
+        barrier=_any(barrier),
         verify=_any(verify),
         version=version,
         strict=strict,

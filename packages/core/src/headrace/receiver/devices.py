@@ -36,6 +36,23 @@ class WorkerDevice:
             with torch.cuda.stream(self._stream):
                 yield
 
+    def mark(self) -> torch.cuda.Event | None:
+        """Note how far the caller's current stream has got; None on a CPU, where what was called is done."""
+        if not self.is_cuda:
+            return None
+        mark: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return mark
+
+    def follow(self, mark: torch.cuda.Event | None) -> None:
+        """Order what the caller's current stream is given from now on after what led to `mark`."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def join(self) -> None:
+        """Order what the caller's current stream is given from now on after all of the receiver's."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def settle(self) -> None:
         """Wait until what the current stream was given is done: a reply must not be ahead of the GPU."""
         if self.is_cuda:

@@ -71,6 +71,22 @@ class Receiver:
                 start, args = self._session.run, ()  # type: ignore[assignment]
         threading.Thread(target=start, args=args, name="headrace-receiver", daemon=True).start()
 
+    def hold(self, update_id: str, deadline_s: float) -> int | None:
+        """Stand still until the update's session lets go; returns the version that was taken meanwhile, or None.
+
+        Called on the worker's own thread between two forward steps, with the stream that they run on as the current
+        one. Returns at once where that update is not under way here. Where nobody may let go any more, this process
+        ends: see `headrace.receiver.hold`.
+
+        Args:
+            update_id: The update.
+            deadline_s: Limit.
+        """
+        session = self._session
+        if session is None or session.ticket.update_id != update_id:
+            return None
+        return session.hold.stand(deadline_s)
+
     def hello(self, update_id: str, token: str, busy_with: str | None = None) -> wire.ReceiverHello:
         """Return the message by which this receiver presents itself."""
         identity = self.backend.identity()

@@ -29,6 +29,7 @@ from headrace.receiver.blocks import Destinations, unmet_fills, write_fills
 from headrace.receiver.buckets import Differences
 from headrace.receiver.delivery import Delivery, DirectDelivery, RingDelivery
 from headrace.receiver.feeds import broadcast_feed, open_ring, tcp_feed
+from headrace.receiver.hold import Hold
 from headrace.receiver.mapped import POPULATE_CHUNK_BYTES
 from headrace.recipe import FillTable, LoadRecipe
 from headrace.segments.lending import borrow, probe
@@ -45,11 +46,15 @@ class Session:
 
     enrolled -Describe-> described -Stage-> staged -Prepare-> prepared -Commit-> committed -Finish-> (over)
     and from each of them -Abort-> (over). `Commit` may repeat.
+
+    Attributes:
+        hold: Where the worker stands still, if it is held and not paused.
     """
 
     def __init__(self, receiver: Receiver, ticket: Ticket) -> None:
         self.ticket = ticket
         self.alive = True
+        self.hold = Hold(receiver, ticket.update_id, self._adopt)
         self._receiver = receiver
         self._backend = receiver.backend
         self._device = receiver.device
@@ -87,6 +92,7 @@ class Session:
         except HeadraceError as error:
             logger.warning("update %s has a ticket that is no use: %s", self.ticket.update_id, error)
             self.alive = False
+            self.hold.abandon("its session never began")
             return
         try:
             dialer.send(self._receiver.hello(self.ticket.update_id, self.ticket.token))
@@ -94,12 +100,14 @@ class Session:
                 message, self._early = self._early or dialer.receive(None), None
                 self._take(dialer, message)
         except PeerLostError as error:
+            self.hold.abandon(f"the updater is gone ({error})")
             logger.warning(
                 "update %s: the updater is gone (%s); %s", self.ticket.update_id, error, self._aftermath()
             )
         except HeadraceError as error:
             logger.warning("update %s could not enrol: %s", self.ticket.update_id, error)
         finally:
+            self.hold.abandon("its session ended")
             # First the last word: what is waiting for it keeps an engine paused.
             dialer.close(linger_s=2.0)
             self._forget()
@@ -114,11 +122,12 @@ class Session:
     def _take(self, dialer: Dialer, message: wire.AnyMessage) -> None:
         """Answer one message; what fails goes to the coordinator as data: this is the rank boundary."""
         if isinstance(message, wire.Abort):
-            self._forget()
             if message.spoiled and self._state == "committed":
                 self._receiver.weights_state = "mixed"
             self.alive = False
-            dialer.send(wire.Aborted(weights_state=self._receiver.weights_state))
+            state = self.hold.abort(message.reason)
+            self._forget()
+            dialer.send(wire.Aborted(weights_state=state))
             return
         phase = type(message).__name__.lower()
         try:
@@ -198,12 +207,16 @@ class Session:
             feed = tcp_feed(plan, message.holders, transport, message.deadline_s, pinned=pinned)
         return RingDelivery(plan, feed, blocks, differences, recorder, self._check_alive)
 
-    def _prepare(self, _message: wire.Prepare) -> wire.Message:
-        """Vote: the engine is paused and live tensors lie where the copies were built for."""
+    def _prepare(self, message: wire.Prepare) -> wire.Message:
+        """Vote: the engine is paused or held, and live tensors lie where the copies were built for."""
+        if message.hold_s is not None:
+            self.hold.wait_stood(message.hold_s, self._check_alive)
         targets = self._targets
         if targets is None or targets.pointers() != self._pointers:
-            message = "the engine moved its parameters between stage and commit"
-            raise ApplyError(message, phase="prepare", retryable=True)
+            text = "the engine moved its parameters between stage and commit"
+            raise ApplyError(text, phase="prepare", retryable=True)
+        if message.hold_s is not None:
+            self.hold.vote()
         self._state = "prepared"
         return wire.Prepared()
 
@@ -213,18 +226,19 @@ class Session:
             raise LocalProtocolError("a commit needs a stage first", phase="commit")
         receiver, recorder = self._receiver, self._receiver.recorder
         begin = time.monotonic()
-        with recorder.span("commit"), self._backend.commit_scope():
-            delivery.commit(message.deadline_s, self._writing, compare=self._verify == "full")
-            write_fills(self._fills, targets.targets)
-            self._reload(targets)
-            self._backend.rederive(self._derived)
-            self._device.settle()
-        sums = np.zeros(0, np.uint64)
-        if self._verify == "digest":
-            with recorder.span("verify"):
-                sums = self._digests(recipe, targets)
-        receiver.weights_state, receiver.pending_version = "new", self._version
-        self._state = "committed"
+        with self.hold.standing():
+            with recorder.span("commit"), self._backend.commit_scope():
+                delivery.commit(message.deadline_s, self._writing, compare=self._verify == "full")
+                write_fills(self._fills, targets.targets)
+                self._reload(targets)
+                self._backend.rederive(self._derived)
+                self._device.settle()
+            sums = np.zeros(0, np.uint64)
+            if self._verify == "digest":
+                with recorder.span("verify"):
+                    sums = self._digests(recipe, targets)
+            receiver.weights_state, receiver.pending_version = "new", self._version
+            self._state = "committed"
         logger.info("version %d is in place after %.3f s", self._version, time.monotonic() - begin)
         return wire.Committed(digests=sums, spans=tuple(recorder.drain()))
 
@@ -258,13 +272,18 @@ class Session:
         if receiver.pending_version != message.version:
             text = f"version {message.version} was not committed here; pending is {receiver.pending_version}"
             raise LocalProtocolError(text, phase="finish")
-        self._backend.set_version(message.version)
-        receiver.served_version, receiver.pending_version, receiver.weights_state = (
-            message.version,
-            None,
-            "old",
-        )
-        return wire.Finished(spans=tuple(receiver.recorder.drain()))
+        with self.hold.standing():
+            held_s = self.hold.finish(self._adopt())
+        return wire.Finished(spans=tuple(receiver.recorder.drain()), held_s=held_s)
+
+    def _adopt(self) -> int:
+        """Make what is committed here the version that is served, and return it."""
+        receiver, version = self._receiver, self._receiver.pending_version
+        if version is None:
+            raise LocalProtocolError("nothing was committed here", phase="finish")
+        self._backend.set_version(version)
+        receiver.served_version, receiver.pending_version, receiver.weights_state = version, None, "old"
+        return version
 
     def _prove(self) -> None:
         """After a first update through the loader: what it made is the proof of the recorded recipe."""
@@ -294,6 +313,8 @@ class Session:
 
     def _aftermath(self) -> str:
         state = self._receiver.weights_state
+        if self.hold.version is not None:
+            return f"version {self.hold.version} is whole in this only worker, and served"
         return {
             "old": "the old weights serve on",
             "new": f"version {self._version} is in place and waits for a guardian or the next update",

@@ -1,4 +1,4 @@
-"""The pause of one engine instance: stop, vote, commit, check, confirm, go on - and the way back."""
+"""One engine instance stands still: stop or hold, vote, commit, check, confirm, go on - and the way back."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from headrace import wire
-from headrace.config import EngineTarget, UpdateSettings
+from headrace.config import Deadlines, EngineTarget, UpdateSettings
 from headrace.errors import FailureKey, HeadraceError, IntegrityError, UpdateFailedError, WeightsState
 from headrace.plan import TransferPlan
 from headrace.protocols import EngineControl
 from headrace.recipe import LoadRecipe
+from headrace.server.holding import HoldCall
 from headrace.server.switchboard import Peer, ask_all, failed
 from headrace.telemetry import Recorder
 from headrace.types import U64
@@ -50,24 +52,32 @@ class Instance:
         control: How the updater talks to the engine.
         target: How a guardian reaches the engine; None for a control object of the caller.
         token: What its receivers present; tells them from those of other instances.
+        update_id: The update, as its receivers know it.
         num_receivers: How many must dial in.
         peers: Receivers that have.
         members: Receivers that have said what they need, by rank.
         feeders: Holders without which the commit cannot end.
+        barrier: What keeps forward steps out of its commit.
+        barrier_why: Why that, one sentence.
+        call: The call that holds its workers, if there is one.
         paused: Whether it was paused and not resumed.
         writing: Whether a commit was ordered.
         spoiled: Whether committed bytes were found wrong.
         done: Whether all its ranks hold and report the new version.
-        stall_s: Seconds from pause to resume.
+        stall_s: Seconds from pause to resume; held, from the first rank that stood to the hold's return.
     """
 
     control: EngineControl
     target: EngineTarget | None
     token: str
+    update_id: str = ""
     num_receivers: int = 0
     peers: list[Peer] = field(default_factory=list)
     members: list[Member] = field(default_factory=list)
     feeders: Sequence[Peer] = ()
+    barrier: Literal["pause", "hold"] = "pause"
+    barrier_why: str = ""
+    call: HoldCall | None = None
     paused: bool = False
     writing: bool = False
     spoiled: bool = False
@@ -76,11 +86,16 @@ class Instance:
 
 
 def commit_instance(instance: Instance, version: int, settings: UpdateSettings, recorder: Recorder) -> None:
-    """Bring one paused-for-it engine to `version`; it has resumed when this returns. Blocking.
+    """Bring one engine to `version` while it stands still; it has gone on when this returns. Blocking.
 
     Raises:
-        UpdateFailedError: A rank failed; `weights_state` says what the instance holds. It is still paused.
+        UpdateFailedError: A rank failed; `weights_state` says what the instance holds. It is still paused, or held.
     """
+    commit = _commit_held if instance.barrier == "hold" else _commit_paused
+    commit(instance, version, settings, recorder)
+
+
+def _commit_paused(instance: Instance, version: int, settings: UpdateSettings, recorder: Recorder) -> None:
     limits, begin = settings.deadlines, time.monotonic()
     with recorder.span("stall"):
         with recorder.span("pause"):
@@ -98,6 +113,34 @@ def commit_instance(instance: Instance, version: int, settings: UpdateSettings, 
             instance.control.resume(limits.pause_s)
             instance.paused = False
     instance.stall_s = time.monotonic() - begin
+
+
+def _commit_held(instance: Instance, version: int, settings: UpdateSettings, recorder: Recorder) -> None:
+    """Commit inside one call to all workers, which stand still between two forward steps until `Finish`.
+
+    Tokens flow while the call waits for its turn, so the stall is what the rank that stood longest says, and the time
+    from then to the call's return.
+    """
+    limits = settings.deadlines
+    with recorder.span("hold"):
+        call = instance.call = HoldCall(instance.control, instance.update_id, _hold_s(limits))
+        with recorder.span("prepare"):
+            ask = wire.Prepare(hold_s=limits.pause_s)
+            ask_all(instance.peers, ask, wire.Prepared, limits.pause_s, "prepare", call.check)
+        with recorder.span("commit"):
+            _commit_ranks(instance, limits.commit_s)
+        with recorder.span("finish"):
+            order = wire.Finish(version=version)
+            answers = ask_all(instance.peers, order, wire.Finished, limits.commit_s, "finish")
+            instance.done, finished = True, time.monotonic()
+            call.wait(limits.pause_s)
+            instance.stall_s = max(answer.held_s for answer in answers.values()) + time.monotonic() - finished
+            instance.control.confirm(version, limits.pause_s)
+
+
+def _hold_s(limits: Deadlines) -> float:
+    """Return how long a hold may last: longer than all that is done in it, so that its end is always ours to say."""
+    return 2 * limits.pause_s + (COMMIT_ATTEMPTS + 1) * limits.commit_s
 
 
 def _commit_ranks(instance: Instance, deadline_s: float) -> None:
@@ -165,7 +208,8 @@ def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> Wei
     """Have an instance's receivers forget the update and resume it if its weights are whole.
 
     Whole are those that no rank has touched, in this update or in one that broke off before it, and those of an
-    instance that only could not be resumed.
+    instance that only could not be resumed. Workers that are held go on if theirs are; where they are not, the process
+    of at least one has ended, and with it the engine.
 
     Returns:
         What the instance holds now.
@@ -177,6 +221,8 @@ def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> Wei
         if not peer.lost:
             peer.send(wire.Abort(reason=str(reason), spoiled=instance.spoiled))
     states = {_aborted_state(peer) for peer in instance.peers}
+    if instance.call is not None and states == {"new"} and len(instance.peers) == 1:
+        return "new"
     whole = states <= ({"old"} if instance.writing else {"old", "lost"})
     if not whole:
         return "mixed"

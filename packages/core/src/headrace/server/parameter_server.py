@@ -246,7 +246,7 @@ def _report(update: Update, settings: UpdateSettings, total_s: float) -> UpdateR
         first=update.first,
         cache=settings.cache,
         verify=settings.verify,
-        engines=tuple(EngineReport(i.control.address, i.stall_s) for i in update.instances),
+        engines=tuple(EngineReport(i.control.address, i.stall_s, i.barrier, i.barrier_why) for i in update.instances),
         workers=tuple(_worker_report(member) for member in update.members),
         unused_names=update.unused_names(),
         read_s=seconds["read"],

@@ -78,7 +78,14 @@ class Peer:
         """Send without waiting."""
         self._hub.send(self.id, message)
 
-    def expect(self, kind: type[M], deadline_s: float, phase: str, watch: Sequence[Peer] = ()) -> M:
+    def expect(
+        self,
+        kind: type[M],
+        deadline_s: float,
+        phase: str,
+        watch: Sequence[Peer] = (),
+        alive: Callable[[], None] | None = None,
+    ) -> M:
         """Wait for the next message and return it, if it is of `kind`.
 
         A holder's `BroadcastDone` may come while something else is awaited, and is kept.
@@ -88,6 +95,7 @@ class Peer:
             deadline_s: Limit.
             phase: For messages.
             watch: Peers whose loss ends the wait too, as the answer depends on them.
+            alive: Called now and then while waiting; may raise to break the wait off.
 
         Raises:
             HeadraceError: The peer's own failure, rebuilt.
@@ -97,7 +105,7 @@ class Peer:
         """
         limit = time.monotonic() + deadline_s
         while True:
-            message = self._next(kind, limit, watch)
+            message = self._next(kind, limit, watch, alive)
             if message is None:
                 text = f"{_label(self.key)} did not answer within {deadline_s:.1f} s in {phase}"
                 raise TransferTimeoutError(text, phase=phase, rank=self.key[1])
@@ -127,7 +135,11 @@ class Peer:
         return False
 
     def _next(
-        self, kind: type[wire.Message], limit: float, watch: Sequence[Peer]
+        self,
+        kind: type[wire.Message],
+        limit: float,
+        watch: Sequence[Peer],
+        alive: Callable[[], None] | None = None,
     ) -> wire.Message | Lost | None:
         """Return the next message or `Lost`, or None at the limit."""
         if isinstance(self._kept, kind):
@@ -139,9 +151,11 @@ class Peer:
             for other in watch:
                 if other.lost:
                     raise other._gone("its work for this update")
+            if alive is not None and self._inbox.empty():
+                alive()
             left = limit - time.monotonic()
             try:
-                return self._inbox.get(timeout=max(0.0, min(left, WATCH_S) if watch else left))
+                return self._inbox.get(timeout=max(0.0, min(left, WATCH_S) if watch or alive else left))
             except queue.Empty:
                 if limit <= time.monotonic():
                     return None
@@ -278,6 +292,7 @@ def ask_all(
     kind: type[M],
     deadline_s: float,
     phase: str,
+    alive: Callable[[], None] | None = None,
 ) -> dict[FailureKey, M]:
     """Ask every peer at once and wait for all answers, within one deadline.
 
@@ -286,11 +301,16 @@ def ask_all(
     """
     for peer in peers:
         peer.send(message(peer) if callable(message) else message)
-    return gather(peers, kind, deadline_s, phase)
+    return gather(peers, kind, deadline_s, phase, alive=alive)
 
 
 def gather(
-    peers: Sequence[Peer], kind: type[M], deadline_s: float, phase: str, watch: Sequence[Peer] = ()
+    peers: Sequence[Peer],
+    kind: type[M],
+    deadline_s: float,
+    phase: str,
+    watch: Sequence[Peer] = (),
+    alive: Callable[[], None] | None = None,
 ) -> dict[FailureKey, M]:
     """Wait for one answer of every peer, within one deadline; the loss of a peer in `watch` ends it for all.
 
@@ -302,7 +322,7 @@ def gather(
     errors: dict[FailureKey, HeadraceError] = {}
     for peer in peers:
         try:
-            answers[peer.key] = peer.expect(kind, limit - time.monotonic(), phase, watch)
+            answers[peer.key] = peer.expect(kind, limit - time.monotonic(), phase, watch, alive)
         except HeadraceError as error:
             errors[peer.key] = error
     if errors:

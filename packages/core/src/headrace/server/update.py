@@ -27,6 +27,7 @@ from headrace.plan import UpdatePlan
 from headrace.planner import Planner, ReceiverNeeds, planned_rows
 from headrace.protocols import EngineControl, Ticket
 from headrace.recipe import LoadRecipe
+from headrace.server.barrier import choose_barriers
 from headrace.server.broadcast import BroadcastRun, Placement, RingHost, pair_with_holders
 from headrace.server.commit import Instance, Member, commit_instance, take_back
 from headrace.server.guardian import Guardian
@@ -75,7 +76,7 @@ class Update:
         self.first = False
         self.step: int | None = None
         self.recorder = Recorder("updater")
-        self.instances = [Instance(control, target, new_token()) for control, target in controls]
+        self.instances = [Instance(control, target, new_token(), self.id) for control, target in controls]
         self._kept = kept
         self._settings = settings
         self._metas = metas
@@ -108,6 +109,7 @@ class Update:
             manifests = self._publish(peers)
             self._describe(peers, [manifest.holder for manifest in manifests])
             plan = self._make_plan(manifests)
+            choose_barriers(self.instances, self._settings)
             self._fill(plan, manifests)
             self._stage(plan, manifests)
             self._commit()
@@ -376,7 +378,8 @@ class Update:
             self._broadcast.finish(FINISH_S)
 
     def _commit_one(self, instance: Instance) -> None:
-        if instance.target:
+        # Workers that are held decide for themselves where the updater dies; a ticket could not even reach them.
+        if instance.target and instance.barrier == "pause":
             self._kept.guardian.paused(instance.target)
         commit_instance(instance, self.version, self._settings, self.recorder)
         if instance.target:
@@ -388,6 +391,8 @@ class Update:
             self._broadcast.cancel()
         limit = self._settings.deadlines.pause_s
         error.engines = {i.control.address: take_back(i, error, limit) for i in self.instances}
+        held = {instance.control.address for instance in self.instances if instance.call is not None}
+        error.ended = [name for name, state in error.engines.items() if state == "mixed" and name in held]
         states = set(error.engines.values())
         if "mixed" in states:
             error.weights_state = "mixed"

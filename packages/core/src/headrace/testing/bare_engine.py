@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from secrets import token_hex
 from types import TracebackType
@@ -28,7 +30,7 @@ BackendFactory = Callable[..., InferenceBackend]
 class BareEngine:
     """Starts workers, hands tickets to their receivers, calls functions in them, kills them.
 
-    Use as a context. `control` is its EngineControl, in this process.
+    Use as a context. `control` is its EngineControl, in this process; `holding` likewise, and can hold.
 
     Args:
         factory: A module-level function; the worker finds it by its file.
@@ -47,8 +49,10 @@ class BareEngine:
         self.instance = token_hex(4)
         self.world_size = world_size
         self.control = BareControl(self)
+        self.holding = HoldingBareControl(self)
         self.paused = False
         self.pauses = 0
+        self.holds = 0
         context = multiprocessing.get_context("spawn")
         self._enrolling = threading.Lock()
         self._locks = [threading.Lock() for _ in range(world_size)]
@@ -81,6 +85,25 @@ class BareEngine:
         with self._enrolling:
             for rank in range(self.world_size):
                 self._ask(rank, ("enrol", ticket))
+
+    def hold(self, update_id: str, deadline_s: float) -> list[int | None]:
+        """Have every worker stand still in its main thread, all from the same command on; return what each took."""
+        with ExitStack() as stack:
+            for lock in self._locks:
+                stack.enter_context(lock)
+            for end in self._ends:
+                end.send(("call", reference_of(_stand), (update_id, deadline_s)))
+            futures = [self._answer(rank, deadline_s + START_S) for rank in range(self.world_size)]
+        return [future.result() for future in futures]
+
+    def _answer(self, rank: int, deadline_s: float) -> Future[Any]:
+        """Take a worker's answer, or how it failed: those of the others are taken too."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(self._take(rank, deadline_s))
+        except HeadraceError as error:
+            future.set_exception(error)
+        return future
 
     def call(self, rank: int, function: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401 - what it returns
         """Run a module-level `function(backend, receiver, *args)` in a worker's main thread and return its result."""
@@ -185,10 +208,29 @@ class BareControl:
         """Nothing to release."""
 
 
+class HoldingBareControl(BareControl):
+    """HoldingControl of a BareEngine: its workers stand still in the thread that obeys commands."""
+
+    def hold_obstacle(self, deadline_s: float) -> str | None:  # noqa: ARG002 - the contract's signature
+        """Return None: a bare engine can always be held."""
+        return None
+
+    def hold(self, update_id: str, deadline_s: float) -> None:
+        """Hold all workers; returns when they have gone on."""
+        self._engine.holds += 1
+        self._engine.hold(update_id, deadline_s)
+
+
 def served_version(_backend: InferenceBackend, receiver: Any) -> int | None:  # noqa: ANN401 - a Receiver
     """Return what a worker's receiver says it serves; for `BareEngine.call`."""
     version: int | None = receiver.served_version
     return version
+
+
+def _stand(_backend: InferenceBackend, receiver: Any, update_id: str, deadline_s: float) -> int | None:  # noqa: ANN401
+    """Stand still in a worker until its receiver lets go."""
+    taken: int | None = receiver.hold(update_id, deadline_s)
+    return taken
 
 
 def weights_state(_backend: InferenceBackend, receiver: Any) -> str:  # noqa: ANN401 - a Receiver

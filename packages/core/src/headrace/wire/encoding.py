@@ -60,7 +60,7 @@ from headrace.wire.messages import (
     SumDigests,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _HEADER = struct.Struct("<4sH")
 _MAGIC = b"HDRC"
 

@@ -81,7 +81,10 @@ class Staged(Message, frozen=True):
 
 
 class Prepared(Message, frozen=True):
-    """The receiver, paused, can still commit: the vote before the first byte."""
+    """The receiver, paused or held, can still commit: the vote before the first byte.
+
+    Held in a world of several ranks, it waits from here on for the coordinator's word or ends its process.
+    """
 
 
 class Committed(Message, frozen=True):
@@ -95,9 +98,10 @@ class Committed(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """The engine reports the new version; the session is over."""
+    """The engine reports the new version; the session is over. `held_s`: how long the worker was held for it."""
 
     spans: tuple[Span, ...] = ()
+    held_s: float = 0.0
 
 
 class Aborted(Message, frozen=True):
@@ -196,7 +200,9 @@ class Stage(Message, frozen=True):
 
 
 class Prepare(Message, frozen=True):
-    """The engine is paused: say whether the commit can begin."""
+    """Say whether the commit can begin: the engine is paused, or its worker will be held within `hold_s`."""
+
+    hold_s: float | None = None
 
 
 class Commit(Message, frozen=True):
