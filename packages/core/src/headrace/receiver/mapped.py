@@ -54,11 +54,9 @@ class MappedMemory:
             tuple(segment.segment_id for segment in plan.segments),
             tuple((block.data_ptr(), block.numel()) for block in blocks),
         )
-        found = self._bound.get(key)
-        if found is None:
-            found = self._make(plan, blocks)
-            if len(blocks) == plan.num_targets and all(bucket.lasting for bucket in found):
-                self._bound[key] = found
+        found = self._bound.pop(key, None) or self._make(plan, blocks)
+        if len(blocks) == plan.num_targets and all(bucket.lasting for bucket in found):
+            self._bound[key] = found
         return found
 
     def lent(self, plan: TransferPlan, recipe: LoadRecipe) -> dict[str, torch.Tensor]:
@@ -75,7 +73,7 @@ class MappedMemory:
         """Drop what neither this plan nor the one before uses."""
         self._recent.append(frozenset(segment.segment_id for segment in plan.segments))
         kept = frozenset().union(*self._recent)
-        fresh = [key for key in self._bound if key[0] == plan.key and kept.issuperset(key[1])]
+        fresh = [key for key in self._bound if kept.issuperset(key[1])]
         self._bound = {key: self._bound[key] for key in fresh[-_KEPT_PLANS:]}
         self._transport.retain(kept)
 

@@ -15,8 +15,10 @@ Reference = tuple[str, str, str]
 
 
 def reference_of(function: Callable[..., Any]) -> Reference:
-    """Return by what another process finds `function`."""
-    return (function.__module__, function.__code__.co_filename, function.__qualname__)
+    """Return by what another process finds a function or class."""
+    code = getattr(function, "__code__", None)
+    file = code.co_filename if code is not None else str(sys.modules[function.__module__].__file__)
+    return (function.__module__, file, function.__qualname__)
 
 
 def resolve(reference: Reference) -> Callable[..., Any]:
