@@ -21,7 +21,7 @@ MODEL = shapes.ModelShape(
     experts=8, expert_intermediate=192,
 )  # fmt: skip
 WORLD = 2
-UPDATES = 50
+UPDATES = 200
 
 
 def make_worker(worker: WorkerId, world_size: int) -> RecipeBackend:

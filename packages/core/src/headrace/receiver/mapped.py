@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from headrace.manifest import HolderAddress
+from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import TransferPlan
 from headrace.receiver.blocks import StagingArea
 from headrace.receiver.buckets import Bucket, bounds_of, mapped_bucket
 from headrace.recipe import LoadRecipe
+from headrace.segments.lending import borrow
 from headrace.transports.memory import MemoryTransport
 
 POPULATE_CHUNK_BYTES = 16 << 20
@@ -59,13 +61,22 @@ class MappedMemory:
             self._bound[key] = found
         return found
 
-    def lent(self, plan: TransferPlan, recipe: LoadRecipe) -> dict[str, torch.Tensor]:
-        """Return the opaque sources that the loader reads where they lie, by name; they must not be written to."""
-        found = {}
+    def lent(
+        self, plan: TransferPlan, recipe: LoadRecipe, holders: Sequence[HolderAddress], deadline_s: float
+    ) -> dict[str, torch.Tensor]:
+        """Return the opaque sources that the loader reads where they lie, by name; they must not be written to.
+
+        They live as long as the tensors do, in mappings of their own: one copy of CUDA may not cross from one
+        page-locked chunk into the next, and the loader's copies know nothing of chunks.
+        """
+        found, sources = {}, {}
+        for number in np.unique(plan.lent[:, 1]).tolist():
+            holder = holders[int(plan.segment_holder[number])]
+            sources[number] = self._unpinned(plan.segments[number], holder, deadline_s)
         with torch.inference_mode():
-            for position, segment, begin in plan.lent.tolist():
+            for position, number, begin in plan.lent.tolist():
                 meta = recipe.sources[int(plan.opaque[position])]
-                part = self._transport.mapped(plan.segments[segment].segment_id)[begin : begin + meta.num_bytes]
+                part = sources[number][begin : begin + meta.num_bytes]
                 found[meta.name] = part.view(getattr(torch, meta.dtype)).view(meta.shape)
         return found
 
@@ -76,6 +87,15 @@ class MappedMemory:
         fresh = [key for key in self._bound if kept.issuperset(key[1])]
         self._bound = {key: self._bound[key] for key in fresh[-_KEPT_PLANS:]}
         self._transport.retain(kept)
+
+    def _unpinned(
+        self, segment: SegmentDescriptor, holder: HolderAddress, deadline_s: float
+    ) -> torch.Tensor:
+        if segment.kind == "cuda":
+            return self._transport.mapped(segment.segment_id)
+        mapped = borrow(holder.unix_socket, segment, deadline_s)
+        mapped.prepare(POPULATE_CHUNK_BYTES, pin=False)
+        return mapped.tensor
 
     def close(self) -> None:
         """Drop all mappings; idempotent."""

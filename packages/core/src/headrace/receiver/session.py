@@ -182,7 +182,9 @@ class Session:
         self._fills = unmet_fills(recipe.fills, targets.targets)
         self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
         self._delivery.stage(message.deadline_s)
-        targets.put(self._receiver.memory.lent(message.plan, recipe))
+        targets.put(
+            self._receiver.memory.lent(message.plan, recipe, message.holders, PROBE_DEADLINE_S)
+        )
         self._receiver.memory.keep(message.plan)
         self._state = "staged"
         return wire.Staged(spans=tuple(self._receiver.recorder.drain()))
