@@ -45,6 +45,10 @@ class NumberedSource:
         pass
 
 
+def make_part(part: int, parts: int, version: Any) -> NumberedSource:
+    return NumberedSource(part, parts, version)
+
+
 def make_worker(worker: WorkerId, world_size: int) -> RecipeBackend:
     recipe = shapes.tp_recipe(PARAMS, world_size, worker.rank, kv_heads=SHAPE.kv_heads)
     return RecipeBackend(recipe, worker, world_size)
@@ -58,7 +62,7 @@ def values(backend: RecipeBackend, _receiver: object) -> set[float]:
 def test_parts_are_broadcast_and_replaced() -> None:
     version = multiprocessing.get_context("spawn").Value("q", 1)
     with (
-        HoldingCrew(NumberedSource, 2, version) as crew,
+        HoldingCrew(make_part, 2, version) as crew,
         BareEngine(make_worker, 2) as engine,
         ParameterServer(source=crew.source, launch=crew) as server,
     ):
