@@ -21,7 +21,7 @@ from headrace.testing.holding_crew import HoldingCrew
 from headrace.testing.recipe_backend import RecipeBackend
 from headrace.types import ParamTable, WorkerId
 
-SHAPE = shapes.ModelShape(layers=2, hidden=48, vocab=250, heads=6, kv_heads=6, head_dim=8, intermediate=96)
+SHAPE = shapes.ModelShape(layers=2, hidden=48, vocab=256, heads=6, kv_heads=6, head_dim=8, intermediate=96)
 PARAMS = shapes.params_of(SHAPE)
 
 
