@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,9 @@ def test_parts_are_broadcast_and_replaced() -> None:
         server.update(engine.control, route="broadcast")
         assert engine.call_all(values) == [{1.0}, {1.0}]
         os.kill(crew.pids[0], signal.SIGKILL)
+        limit = time.monotonic() + 20
+        while not server.holders.peers[1].lost and time.monotonic() < limit:
+            time.sleep(0.05)
         version.value = 2
         server.update(engine.control, route="broadcast")
         assert engine.call_all(values) == [{2.0}, {2.0}]
