@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from checkpoints import checkpoints_of
 from oracle import Oracle
 from prompts import PROMPT
+from safetensors.torch import load_file
 from vllm_server import REPORTS_VERSIONS, VllmServer
 
 from headrace.config import Deadlines
@@ -71,14 +73,20 @@ class Askers:
                 return
 
 
+def source_of(checkpoint: Path) -> ParameterServer:
+    """Return a source in this process: beside a server on two CPUs, holder processes take long to start."""
+    return ParameterServer(tensors=load_file(checkpoint / "model.safetensors"))
+
+
 def updates_under_load(server: VllmServer, checkpoints: dict[str, Path], oracle: Oracle, count: int) -> None:
     """Every token is what the version that it says it is of makes of the KV before it: no step more, none less."""
     names = {"default": "a"}
-    with Askers(server, 3) as load:
+    with ExitStack() as stack:
+        sources = {name: stack.enter_context(source_of(checkpoints[name])) for name in "abc"}
+        load = stack.enter_context(Askers(server, 2))
         for turn in range(count):
             name = "bca"[turn % 3]
-            with ParameterServer(checkpoints[name]) as source:
-                report = source.update(server.target, cache="keep", deadlines=LIMITS)
+            report = sources[name].update(server.target, cache="keep", deadlines=LIMITS)
             names[str(report.version)] = name
             assert [(e.barrier, e.why) for e in report.engines] == [
                 ("hold", "caches are kept and all bytes are near")

@@ -61,6 +61,27 @@ def test_a_request_of_an_async_engine_goes_on(tmp_path: Path) -> None:
     assert Oracle({name: made[name] for name in "ab"}).problems_of(said) == []
 
 
+def test_an_async_engine_is_held(tmp_path: Path) -> None:
+    """Every token is what its version makes of the KV that was kept, through the switch."""
+    made = checkpoints_of("llama", tmp_path)
+    told = {
+        "checkpoints": [str(made["a"]), str(made["b"])],
+        "prompt": PROMPT,
+        "num_tokens": 450,
+        "engine": {"worker_extension_cls": "nopack.Unpacked", "enable_prefix_caching": False},
+        "update": {"cache": "keep", "barrier": "hold"},
+    }
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    result = run_child(SUPPORT / "async_child.py", told, tmp_path, os.environ | QUIET | {"PYTHONPATH": path})
+    assert (result["version"], result["served"], result["barrier"]) == (1, 1, "hold")
+    names = {"default": "a", "1": "b"}
+    oracle = Oracle({name: made[name] for name in "ab"})
+    said = [(answer, [names[v] for v in answer["versions"]]) for answer in result["answers"]]
+    assert any(set(versions) == {"a", "b"} for _, versions in said)
+    for answer, versions in said:
+        assert oracle.problems_with_kept_caches(PROMPT, answer, versions) == []
+
+
 def test_an_engine_that_was_not_started_for_headrace() -> None:
     config = SimpleNamespace(
         weight_transfer_config=None, parallel_config=SimpleNamespace(worker_extension_cls="")

@@ -40,8 +40,12 @@ async def update_while_answering(
     checkpoint: str,
     ask: Callable[[int], Awaitable[dict[str, Any]]],
     begun: asyncio.Event,
+    **choices: object,
 ) -> dict[str, Any]:
-    """Ask again and again while an update is made; one request is in flight over it, once `begun` is set."""
+    """Ask again and again while an update is made; one request is in flight over it, once `begun` is set.
+
+    `choices` are the update's.
+    """
     done = asyncio.Event()
 
     async def keep_asking() -> list[dict[str, Any]]:
@@ -53,8 +57,9 @@ async def update_while_answering(
     requests = asyncio.create_task(keep_asking())
     await begun.wait()
     with ParameterServer(checkpoint) as server:
-        report = await asyncio.to_thread(server.update, control)
+        report = await asyncio.to_thread(server.update, control, **choices)
     done.set()
     answers = await requests
     served = await asyncio.to_thread(control.served_version, 10.0)
-    return {"answers": answers, "version": report.version, "served": served}
+    barrier = report.engines[0].barrier
+    return {"answers": answers, "version": report.version, "served": served, "barrier": barrier}

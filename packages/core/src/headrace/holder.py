@@ -37,6 +37,7 @@ from headrace.manifest import HolderAddress
 from headrace.pipeline import RingPipeline
 from headrace.protocols import SteppedSource, WeightSource
 from headrace.rings import Cast, DeviceRing, HostRing, Pins, Ring
+from headrace.segments.cuda import gpu_of
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
 from headrace.store.checkpoint import CheckpointSource
@@ -282,6 +283,7 @@ class Holder:
             return self._ring
         self._drop_ring()
         if message.device_uuid:
+            gpu_of(message.device_uuid)
             if message.world_size > 1:
                 require_nccl()
             self._ring = DeviceRing(*wanted, self._lender, self._pins)

@@ -67,8 +67,8 @@ class InferenceBackend(Protocol):
         1. `identity`, `live_tensors`, `skeleton`, `derived`, `optional` - any time after the model is loaded, while
            the engine serves; they change nothing.
         2. `loaded_from` - once, to prove the recipe against what the engine itself loaded.
-        3. Per update, engine paused: `commit_scope` is entered; live tensors are written; then, only if something is
-           opaque, `begin_reload`, `load`, `end_reload`; then `rederive`; the scope is left.
+        3. Per update, engine paused or worker held: `commit_scope` is entered; live tensors are written; then, only if
+           something is opaque, `begin_reload`, `load`, `end_reload`; then `rederive`; the scope is left.
         4. `set_version` - when all ranks of the instance have succeeded.
     """
 

@@ -75,6 +75,10 @@ class SeededSource:
         pass
 
 
+def make_part(part: int, parts: int, version: Any) -> SeededSource:
+    return SeededSource(part, parts, version)
+
+
 def recipe(rank: int) -> Any:
     return shapes.tp_recipe(PARAMS, WORLD, rank, kv_heads=2)
 
@@ -113,7 +117,7 @@ class Fleet:
     def __init__(self, num_gpus: int) -> None:
         self.num_gpus = num_gpus
         self.version = multiprocessing.get_context("spawn").Value("q", 0)
-        self.crew = HoldingCrew(SeededSource, num_gpus, self.version)
+        self.crew = HoldingCrew(make_part, num_gpus, self.version)
         self.engine = BareEngine(make_worker, WORLD, num_gpus)
         self.server = ParameterServer(source=self.crew.source, launch=self.crew)
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.config import MIB
+from headrace.config import BUCKET_BYTES, GIB, MIB
 from headrace.errors import CapacityError
 from headrace.geometry import Box, RegionTable
 from headrace.plan import buffered, staged_bytes
-from headrace.planner.ring import ALIGN_BYTES, choose_ring, cut, mapped_ring, pack
+from headrace.planner.ring import ALIGN_BYTES, choose_ring, cut, device_bucket_bytes, mapped_ring, pack
 from headrace.testing.copies import CopyRow, table_of
 
 
@@ -102,3 +102,21 @@ def test_a_host_gathers_scattered_rows_before_the_pause() -> None:
     roomy, tight = (mapped_ring(copies, room, on_gpu=False) for room in (256, 255))
     assert (roomy.mode, roomy.slot_bytes, roomy.depth) == ("gathered", 256, 1)
     assert tight.mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "bucket", "depth"),
+    [
+        (BUCKET_BYTES, 8 * GIB, 256 * MIB, 4),
+        (BUCKET_BYTES, GIB, 256 * MIB, 4),
+        (BUCKET_BYTES, 512 * MIB, 128 * MIB, 4),
+        (BUCKET_BYTES, 256 * MIB, 64 * MIB, 4),
+        (BUCKET_BYTES, 100 * MIB, 64 * MIB, 3),
+        (16 * MIB, GIB, 16 * MIB, 4),
+    ],
+)
+def test_rings_in_gpu_memory_take_large_buckets(asked: int, room: int, bucket: int, depth: int) -> None:
+    assert device_bucket_bytes(asked, room) == bucket
+    ring = choose_ring(20 * GIB, room, bucket)
+    assert (ring.mode, ring.depth) == ("overlapped", depth)
+    assert ring.slot_bytes * ring.depth <= room

@@ -22,7 +22,7 @@ class EndedError(Exception):
     """What stands for the end of the process."""
 
 
-class TestedHold(Hold):
+class UnendingHold(Hold):
     """A Hold whose process goes on after its end, so that the test can look at it."""
 
     ended = False
@@ -40,7 +40,7 @@ class Holds(RuleBasedStateMachine):
         identity = SimpleNamespace(world_size=world_size)
         backend = SimpleNamespace(identity=lambda: identity)
         self.receiver: Any = SimpleNamespace(backend=backend, device=WorkerDevice("cpu"), weights_state="old")
-        self.hold = TestedHold(self.receiver, "update", self.adopt)
+        self.hold = UnendingHold(self.receiver, "update", self.adopt)
         self.alone = world_size == 1
         self.stood = self.voted = self.over = self.ended = False
         self.adopts = True
@@ -150,7 +150,7 @@ def test_a_deadline_ends_a_stand() -> None:
     identity = SimpleNamespace(world_size=2)
     backend = SimpleNamespace(identity=lambda: identity)
     receiver: Any = SimpleNamespace(backend=backend, device=WorkerDevice("cpu"), weights_state="old")
-    hold = TestedHold(receiver, "update", lambda: VERSION)
+    hold = UnendingHold(receiver, "update", lambda: VERSION)
     assert hold.stand(0.05) is None
     with pytest.raises(ApplyError):
         hold.vote()

@@ -47,6 +47,11 @@ class TestBareControl(EngineControlTests):
         return self.engine.paused
 
 
+class TestHoldingBareControl(TestBareControl):
+    def make_control(self) -> EngineControl:
+        return self.engine.holding
+
+
 def test_functions_run_in_workers(engine: BareEngine) -> None:
     assert engine.call_all(served_version) == [None, None]
     with pytest.raises(HeadraceError, match="ZeroDivisionError"):

@@ -68,10 +68,13 @@ def obstacle(core: Any) -> str | None:  # noqa: ANN401 - an EngineCore
 
 
 def _note_version(core: Any, results: Sequence[dict[str, int | None]]) -> None:  # noqa: ANN401
-    """Label tokens with what all workers took, from the next batch on; those on their way were computed before."""
+    """Label tokens with what all workers took, from the next batch on; those on their way were computed before.
+
+    A vLLM before 0.32 labels none.
+    """
     versions = {result["version"] for result in results}
     version = versions.pop() if len(versions) == 1 else None
-    if version is None or not hasattr(core, "_weight_version"):
+    if version is None or not hasattr(core, "_attach_weight_version"):
         return
     ahead = core.__dict__.setdefault("_headrace_ahead", deque())
     ahead.extend([core._weight_version] * (len(core.batch_queue or ()) - len(ahead)))

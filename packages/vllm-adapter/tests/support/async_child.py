@@ -28,6 +28,7 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
         max_model_len=512,
         dtype="float32",
         weight_transfer_config={"backend": "headrace"},
+        **spec.get("engine", {}),
     )
     llm = AsyncLLM.from_engine_args(arguments)
     control = headrace_vllm.attach(llm)
@@ -44,7 +45,7 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
         logprobs = [last.logprobs[i][t].logprob for i, t in enumerate(last.token_ids)]
         return {"tokens": list(last.token_ids), "logprobs": logprobs, "versions": versions}
 
-    result = await update_while_answering(control, spec["checkpoints"][1], ask, begun)
+    result = await update_while_answering(control, spec["checkpoints"][1], ask, begun, **spec.get("update", {}))
     llm.shutdown()
     return result
 

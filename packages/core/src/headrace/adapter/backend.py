@@ -140,7 +140,7 @@ class ModelBackend:
 
     @contextmanager
     def commit_scope(self) -> Iterator[None]:
-        """Order writes against forward steps: the engine is paused and its device idle on both ends."""
+        """Order writes against forward steps: they are paused or held off, and the device is idle on both ends."""
         frozen = any(tensor.is_inference() for tensor in self._parts[0].model.parameters())
         with torch.inference_mode(frozen), torch.no_grad():
             self._synchronize()

@@ -189,14 +189,21 @@ class BroadcastRun:
         Returns:
             Why a holder could not do its part, where that was what ended the broadcast.
         """
-        self._rings.broken()
         if self._is_cancelled:
             return None
         self._is_cancelled = True
+        try:
+            causes = self._stop()
+        finally:
+            # Not before: members that wait for each other through the store would call its end the cause.
+            self._rings.broken()
+        return causes[0] if causes else None
+
+    def _stop(self) -> list[HeadraceError]:
         live = [peer for peer in self._holders if not peer.lost]
         for peer in live:
             peer.send(wire.CancelBroadcast())
-        causes = []
+        causes: list[HeadraceError] = []
         for peer in live:
             try:
                 peer.expect(wire.BroadcastDone, ABORT_S, "abort")
@@ -204,7 +211,7 @@ class BroadcastRun:
                 logger.debug("the broadcast was stopped: %s", error)
             except HeadraceError as error:
                 causes.append(error)
-        return causes[0] if causes else None
+        return causes
 
     def _join(self, needs: Sequence[ReceiverNeeds]) -> list[tuple[SegmentDescriptor, SegmentDescriptor]]:
         """Have rings made and the group joined; on GPUs only where every holder can, which is asked first."""

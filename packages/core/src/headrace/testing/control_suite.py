@@ -16,7 +16,8 @@ from headrace.config import HostSettings
 from headrace.control.hub import Hub
 from headrace.control.keys import new_token
 from headrace.errors import ConnectError, LocalProtocolError, TransferTimeoutError, TransportError
-from headrace.protocols import EngineControl, Ticket
+from headrace.protocols import EngineControl, HoldingControl, Ticket
+from headrace.server.holding import HoldCall
 from headrace.server.switchboard import Peer, Switchboard
 from headrace.types import CacheMode
 
@@ -89,6 +90,21 @@ class EngineControlTests:
         for _ in range(2):
             control.resume(_WAIT_S)
             assert self.is_paused() in (None, False)
+
+    def test_a_hold_lasts_until_its_receivers_let_go(self, control: EngineControl, board: Switchboard) -> None:
+        """One for an update that is not here ends at once; one for an update that is, when that is over."""
+        if not isinstance(control, HoldingControl):
+            pytest.skip("this engine cannot be held")
+        assert control.hold_obstacle(_WAIT_S) is None
+        begin = time.monotonic()
+        control.hold("no such update", _WAIT_S)
+        assert time.monotonic() - begin < _WAIT_S / 2
+        peers = self._enrol(control, board, "the-update")
+        call = HoldCall(control, "the-update", _WAIT_S)
+        time.sleep(1.0)
+        call.check()
+        self._dismiss(peers)
+        call.wait(_WAIT_S)
 
     def test_a_ticket_reaches_every_worker(self, control: EngineControl, board: Switchboard) -> None:
         """Every worker dials once, says who it is, and is free again after an abort."""
