@@ -145,7 +145,7 @@ def _install_sglang(session: nox.Session) -> None:
 
 
 HOOK_TESTS = "packages/trainer-hooks/tests"
-FSDP_PARTS = ("torch_trainers", "sources", "settings", "fence", "hooks", "versions")
+FSDP_PARTS = ("torch_trainers", "sources", "settings", "fence", "hooks", "versions", "batches", "device_reads")
 HF_PARTS = ("frameworks", "accelerate_plugins", "lightning", "lora")
 DEEPSPEED = ("deepspeed==0.19.8", "ninja", "setuptools")
 FRAMEWORKS = ("accelerate>=1.10", "lightning==2.6.6", "peft>=0.17")
