@@ -244,7 +244,8 @@ def build(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Tests that need GPUs, with a torch built for them; each is skipped, with the reason, where there are too few."""
     _install(session, core_extras="engine,test")
-    session.run("python", "-m", "pytest", "packages/core/tests/gpu", *session.posargs, env=QUIET)
+    folders = ("packages/core/tests/gpu", "packages/trainer-hooks/tests/gpu")
+    session.run("python", "-m", "pytest", *folders, *session.posargs, env=QUIET)
 
 
 @nox.session
