@@ -145,7 +145,7 @@ def _install_sglang(session: nox.Session) -> None:
 
 
 HOOK_TESTS = "packages/trainer-hooks/tests"
-FSDP_PARTS = ("torch_trainers", "sources", "settings", "fence", "hooks", "versions")
+FSDP_PARTS = ("torch_trainers", "sources", "settings", "fence", "hooks", "versions", "batches", "device_reads")
 HF_PARTS = ("frameworks", "accelerate_plugins", "lightning", "lora")
 DEEPSPEED = ("deepspeed==0.19.8", "ninja", "setuptools")
 FRAMEWORKS = ("accelerate>=1.10", "lightning==2.6.6", "peft>=0.17")
@@ -244,7 +244,8 @@ def build(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Tests that need GPUs, with a torch built for them; each is skipped, with the reason, where there are too few."""
     _install(session, core_extras="engine,test")
-    session.run("python", "-m", "pytest", "packages/core/tests/gpu", *session.posargs, env=QUIET)
+    folders = ("packages/core/tests/gpu", "packages/trainer-hooks/tests/gpu")
+    session.run("python", "-m", "pytest", *folders, *session.posargs, env=QUIET)
 
 
 @nox.session

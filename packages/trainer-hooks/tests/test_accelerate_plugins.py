@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,12 @@ pytest.importorskip("accelerate", reason="the session `trainers` of nox installs
 import torch
 from framework_runs import FLOAT, allow_fsdp_on_cpu, hugging_face
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from trainer_world import ODD, batch, compare, gathered, join_by_environment, load, optimizer_of
+from trainer_world import batch, compare, gathered, join_by_environment, load, optimizer_of
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
-from headrace.testing.tiny_model import make_tiny_qwen3
 
 LAYER = "Qwen3DecoderLayer"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[EngineProcess]:
-    with EngineProcess(folder, 1, "--dtype", "float32") as made:
-        yield made
 
 
 def train(accelerator: Any, model: Any, optimizer: Any, url: str) -> None:

@@ -12,11 +12,10 @@ pytest.importorskip("deepspeed", reason="the session `trainers` of nox installs 
 
 import torch
 from deepspeed_layouts import LAYOUTS, make
-from trainer_world import ODD, batch, compare, join
+from trainer_world import batch, compare, join
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
-from headrace.testing.tiny_model import make_tiny_qwen3
 from headrace_trainers import deepspeed as hooks
 
 STEPS = 2
@@ -47,8 +46,7 @@ def train_one(rank: int, url: str, folder: Path, name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
-    folder = make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
+def on_three_ranks(folder: Path) -> Iterator[dict[str, list[str]]]:
     with EngineProcess(folder, 2, "--dtype", "float32") as engine:
         yield run_ranks(train, 3, 280, free_port(), engine.url, folder, list(LAYOUTS))[0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,10 @@ pytest.importorskip("transformers", reason="trainers and the embedded engine nee
 pytest.importorskip("accelerate", reason="the session `trainers` of nox installs Accelerate")
 
 from framework_runs import FLOAT, hugging_face
-from trainer_world import ODD, batch, compare, gathered, join, join_by_environment, load, optimizer_of
+from trainer_world import batch, compare, gathered, join, join_by_environment, load, optimizer_of
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
-from headrace.testing.tiny_model import make_tiny_qwen3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[EngineProcess]:
-    with EngineProcess(folder, 1, "--dtype", "float32") as made:
-        yield made
 
 
 def hf_alone(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,6 @@ from headrace.testing.tiny_model import make_tiny_qwen3
 from headrace_trainers import StepReport, fsdp, plain
 
 FLOAT = torch.float32
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[EngineProcess]:
-    with EngineProcess(folder, 1, "--dtype", "float32") as made:
-        yield made
 
 
 def in_background(rank: int, url: str, trainer: Trainer) -> None:

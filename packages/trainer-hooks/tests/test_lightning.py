@@ -1,9 +1,9 @@
-"""Lightning, alone and with its strategies for DDP and FSDP2, into a real engine."""
+"""Lightning, alone and with its strategies for DDP, FSDP 1 and 2, and DeepSpeed, into a real engine."""
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,10 @@ pytest.importorskip("lightning", reason="the session `trainers` of nox installs 
 
 import torch
 from framework_runs import FLOAT, examples
-from trainer_world import ODD, compare, gathered, join_by_environment, load, optimizer_of
+from trainer_world import compare, gathered, join_by_environment, load, optimizer_of
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
-from headrace.testing.tiny_model import make_tiny_qwen3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[EngineProcess]:
-    with EngineProcess(folder, 1, "--dtype", "float32") as made:
-        yield made
 
 
 def module_of(folder: Path, url: str, found: list[str], *, shard: bool) -> Any:
@@ -56,7 +44,8 @@ def module_of(folder: Path, url: str, found: list[str], *, shard: bool) -> Any:
             return optimizer_of(self.model)
 
         def on_train_batch_end(self, _outputs: Any, _rows: Any, number: int) -> None:
-            whole = gathered(self.model)
+            every = gathered(self.trainer.strategy.model)
+            whole = {name.removeprefix("model."): t for name, t in every.items() if name.startswith("model.")}
             if number % 2 and self.global_rank == 0:
                 found.extend(compare(url, whole, FLOAT, FLOAT))
 
@@ -68,7 +57,46 @@ def strategy_of(name: str) -> Any:
 
     if name == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    if name == "fsdp1":
+        return fsdp1_on_cpu()
+    if name.startswith("zero"):
+        return deepspeed_on_cpu(int(name[-1]))
     return DDPStrategy(find_unused_parameters=True, process_group_backend="gloo") if name == "ddp" else "auto"
+
+
+def fsdp1_on_cpu() -> Any:
+    """Return a subclass of Lightning's FSDP strategy that names the CPU to FSDP1; itself it needs a GPU."""
+    from lightning.pytorch.strategies import FSDPStrategy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+    class OnCpu(FSDPStrategy):
+        def _setup_model(self, model: Any) -> Any:
+            return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+    return OnCpu(auto_wrap_policy=ModuleWrapPolicy({Qwen3DecoderLayer}), process_group_backend="gloo")
+
+
+def deepspeed_on_cpu(stage: int) -> Any:
+    """Return Lightning's DeepSpeed strategy without its check for GPUs; DeepSpeed itself runs over gloo."""
+    from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
+
+    class OnCpu(DeepSpeedStrategy):
+        def setup_environment(self) -> None:
+            ParallelStrategy.setup_environment(self)
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return OnCpu(config=config, process_group_backend="gloo")
 
 
 def train(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path, name: str) -> None:
@@ -78,6 +106,7 @@ def train(rank: int, world_size: int, port: int, url: str, folder: Path, out: Pa
 
     from headrace_trainers.lightning import HeadraceCallback
 
+    os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1:
         join_by_environment(rank, world_size, port)
     found: list[str] = []
@@ -104,6 +133,10 @@ def train(rank: int, world_size: int, port: int, url: str, folder: Path, out: Pa
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize(("name", "num_ranks"), [("alone", 1), ("ddp", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("name", "num_ranks"), [("alone", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp1", 2), ("zero2", 2), ("zero3", 2)]
+)
 def test_lightning(engine: EngineProcess, folder: Path, tmp_path: Path, name: str, num_ranks: int) -> None:
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the session `trainers` of nox installs DeepSpeed")
     run_ranks(train, num_ranks, 100, free_port(), engine.url, folder, tmp_path, name)

@@ -11,20 +11,14 @@ pytest.importorskip("transformers", reason="trainers and the embedded engine nee
 
 import torch
 from torch_layouts import LAYOUTS
-from trainer_world import ODD, batch, compare, join
+from trainer_world import batch, compare, join
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
-from headrace.testing.tiny_model import make_tiny_qwen3
 from headrace_trainers import fsdp
 
 STEPS = 3
 RESHARDED = ("fsdp2", "fsdp1-full", "ddp")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen3(tmp_path_factory.mktemp("model"), 7, size=ODD)
 
 
 def train(rank: int, world_size: int, port: int, url: str, folder: Path, names: Sequence[str]) -> dict[str, list[str]]:

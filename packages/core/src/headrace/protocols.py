@@ -244,6 +244,16 @@ class SourceRegion:
     box: Box
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One region's place: segment index, first byte, size."""
+
+    region: SourceRegion
+    segment: int
+    begin: int
+    num_bytes: int
+
+
 @runtime_checkable
 class WeightSource(Protocol):
     """Where weights come from, as one rank sees it: a checkpoint's files, a trainer's shards, named tensors.
@@ -277,12 +287,42 @@ class WeightSource(Protocol):
         ...
 
 
+class DeviceReads(Protocol):
+    """Reads of one step that GPUs make by themselves, beside what training has them do.
+
+    Call order: 1. `submit`, once. 2. The source's `read`, of what that has left. 3. `wait`, inside the step's context;
+    again before the segments are given up.
+    """
+
+    def submit(self, slots: Sequence[Slot], segments: Sequence[torch.Tensor], deadline_s: float) -> Sequence[Slot]:
+        """Have GPUs copy into the segments what they hold; returns before that is done, with the slots left to `read`.
+
+        Args:
+            slots: Regions, and where they go.
+            segments: Flat uint8 tensors; must stay alive until `wait` has returned, page-locked ones locked.
+            deadline_s: Limit for what the host must wait for before the slots that are left are whole.
+
+        Raises:
+            TransferTimeoutError: Not within the deadline.
+        """
+        ...
+
+    def wait(self, deadline_s: float) -> None:
+        """Let training go on, its GPUs' next writes behind the reads, then wait until these are done.
+
+        Raises:
+            TransferTimeoutError: Not within the deadline; the segments are still being written to.
+        """
+        ...
+
+
 @runtime_checkable
 class SteppedSource(WeightSource, Protocol):
     """A source whose weights change while it is held: one rank of a trainer. Every rank counts the same steps.
 
     Call order, per update: 1. `metadata`, `regions`, `aliases`. 2. `offer` on the rank that leads, again while a rank
-    has missed that step. 3. `at` on every rank; inside it `read`, of the regions that the plan uses.
+    has missed that step. 3. `at` on every rank; inside it what the plan uses is read: by GPUs where `at` gave
+    DeviceReads, all else by `read`.
     """
 
     def aliases(self) -> Mapping[int, int]:
@@ -293,8 +333,10 @@ class SteppedSource(WeightSource, Protocol):
         """Return the step to take next; a later one, with more room before it, the more attempts have failed."""
         ...
 
-    def at(self, step: int, deadline_s: float) -> AbstractContextManager[None]:
+    def at(self, step: int, deadline_s: float) -> AbstractContextManager[DeviceReads | None]:
         """Return a context in which the weights are those of `step`: it waits for them, training waits for its end.
+
+        Where weights lie on GPUs, the context is what reads them; None where the host reads all.
 
         Raises:
             StepMissedError: That step is past, will not come, or was overwritten while the context was open.

@@ -7,22 +7,12 @@ from dataclasses import dataclass
 
 from headrace.errors import ManifestMismatchError
 from headrace.geometry import Box, RegionTable, contiguous_strides
-from headrace.protocols import SourceRegion
+from headrace.protocols import Slot, SourceRegion
 from headrace.types import DTYPES, ParamTable, dtype_code
 
 ALIGN = 64
 SEGMENT_BYTES = 4 << 30
 TASK_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One region's place: segment index, first byte, size."""
-
-    region: SourceRegion
-    segment: int
-    begin: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)

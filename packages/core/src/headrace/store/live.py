@@ -15,10 +15,10 @@ from headrace.config import Deadlines
 from headrace.errors import HeadraceError, LocalProtocolError, TransferTimeoutError
 from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest
-from headrace.protocols import SourceRegion, SteppedSource
+from headrace.protocols import DeviceReads, Slot, SourceRegion, SteppedSource
 from headrace.segments import HostSegment, Lender
 from headrace.segments.pinning import PinnedRange
-from headrace.store.layout import SEGMENT_BYTES, Layout, Slot
+from headrace.store.layout import SEGMENT_BYTES, Layout
 from headrace.store.single import SingleVersion
 from headrace.store.store import Progress, PublishedVersion
 from headrace.types import ParamTable
@@ -26,13 +26,16 @@ from headrace.types import ParamTable
 _log = logging.getLogger(__name__)
 _MAX_THREADS = 4
 _TICK_S = 0.1
+_SETTLE_S = 10.0
+_in_flight: list[object] = []  # memory that a GPU did not stop writing to; kept as long as the process
 
 
 class LiveStore(SingleVersion[HostSegment]):
     """Places a version, then fills it with the weights of one step; has the calls of Store that a holder needs.
 
     Its segments are the only copy, taken over by every version: nobody may read one when the next is filled, which is
-    so where updates follow one another. Memory that no plan uses is never touched.
+    so where updates follow one another. Memory that no plan uses is never touched. Where the source lies on a GPU, they
+    are page-locked once, and the GPU writes into them by itself.
 
     Call order: 1. `publish`. 2. `fill`, again where it raised. 3. `manifest`, `tensors`. 4. `release` or 1. 5. `close`.
 
@@ -57,7 +60,8 @@ class LiveStore(SingleVersion[HostSegment]):
         self._segment_bytes = segment_bytes
         self._layout: Layout | None = None
         self._regions = RegionTable.empty()
-        self._pinned: list[PinnedRange] = []
+        self._pinned: list[PinnedRange] | None = None
+        self._reads: DeviceReads | None = None
         self._newest = -1
 
     def publish(
@@ -74,6 +78,8 @@ class LiveStore(SingleVersion[HostSegment]):
         """
         self._check_grows(version, self._newest)
         layout = self._place()
+        if self._pinned is None and getattr(self._source, "on_gpu", False):
+            self._pin()
         descriptors = tuple(segment.descriptor for segment in self._segments)
         manifest = Manifest(HolderAddress(self._name), version, layout.params, descriptors, self._regions)
         self._published = PublishedVersion(version, manifest, layout.num_bytes, 0.0)
@@ -87,8 +93,6 @@ class LiveStore(SingleVersion[HostSegment]):
         self._drop()
         layout = _aliased(params, regions, self._source.aliases(), self._segment_bytes)
         self._segments = tuple(HostSegment(size, f"headrace-{self._name}") for size in layout.segment_bytes)
-        if getattr(self._source, "on_gpu", False):
-            self._pin()
         for segment in self._segments:
             if self._lender is not None:
                 self._lender.lend(segment)
@@ -96,13 +100,15 @@ class LiveStore(SingleVersion[HostSegment]):
         return layout
 
     def _pin(self) -> None:
-        """Page-lock the segments for copies by GPUs; where that is not to be had, copies are slower."""
+        """Page-lock the segments for copies by GPUs, once; where that is not to be had, copies are slower."""
+        self._pinned = []
         try:
             for segment in self._segments:
                 address, size = segment.tensor.data_ptr(), segment.tensor.nbytes
                 self._pinned.append(PinnedRange(address, size, chunk_bytes=size, writable=True))
         except HeadraceError as error:
-            _log.warning("holder %s copies from GPUs into pageable memory: %s", self._name, error)
+            text = "holder %s copies from GPUs into pageable memory, at a fraction of the speed: %s"
+            _log.warning(text, self._name, error)
 
     def fill(
         self,
@@ -114,7 +120,7 @@ class LiveStore(SingleVersion[HostSegment]):
     ) -> None:
         """Copy the weights of `step` into the placed version, while training waits only before it changes them.
 
-        Blocking, in a few threads.
+        Blocking; GPUs copy what they hold by themselves, a few threads the rest.
 
         Args:
             version: As placed.
@@ -131,12 +137,22 @@ class LiveStore(SingleVersion[HostSegment]):
         self._find(version)
         if self._layout is None:
             raise LocalProtocolError(f"holder {self._name} has no layout", name=self._name)
-        begin, slots = time.monotonic(), self._layout.slots
+        end, slots = time.monotonic() + deadline_s, self._layout.slots
         chosen = replace(self._layout, slots=tuple(slots[row] for row in rows))
-        with self._source.at(step, deadline_s), ExitStack() as stack:
+        with self._source.at(step, deadline_s) as reads, ExitStack() as stack:
             pool = stack.enter_context(_Readers())
-            pool.run(chosen, self._read, progress or _quiet, begin + deadline_s)
+            left = chosen if reads is None else self._submit(reads, chosen, end)
+            pool.run(left, self._read, progress or _quiet, end)
+            if reads is not None:
+                reads.wait(end - time.monotonic())
+                (progress or _quiet)(chosen.num_bytes, chosen.num_bytes)
         self._newest = version
+
+    def _submit(self, reads: DeviceReads, chosen: Layout, end: float) -> Layout:
+        """Have GPUs begin; returns what is left for the host."""
+        self._reads = reads
+        segments = [segment.tensor for segment in self._segments]
+        return replace(chosen, slots=tuple(reads.submit(chosen.slots, segments, end - time.monotonic())))
 
     def _read(self, slot: Slot) -> None:
         if slot.num_bytes:
@@ -154,13 +170,27 @@ class LiveStore(SingleVersion[HostSegment]):
         self._drop()
 
     def _drop(self) -> None:
-        for pinned in self._pinned:
-            pinned.close()
+        if self._settled():
+            for pinned in self._pinned or ():
+                pinned.close()
+        else:
+            _in_flight.append(([segment.tensor for segment in self._segments], self._pinned))
         for segment in self._segments:
             if self._lender is not None:
                 self._lender.withdraw(segment.descriptor.segment_id)
             segment.close()
-        self._segments, self._pinned, self._layout = (), [], None
+        self._segments, self._pinned, self._layout = (), None, None
+
+    def _settled(self) -> bool:
+        """Wait until no GPU writes into the segments any more; False where that does not end."""
+        reads, self._reads = self._reads, None
+        try:
+            if reads is not None:
+                reads.wait(_SETTLE_S)
+        except (HeadraceError, RuntimeError) as error:  # a deadline, or the GPU is lost
+            _log.warning("holder %s keeps its memory, as a GPU still writes to it: %s", self._name, error)
+            return False
+        return True
 
 
 def _aliased(

@@ -18,9 +18,9 @@ from headrace.config import Deadlines
 from headrace.errors import LocalProtocolError, TransferTimeoutError
 from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
-from headrace.protocols import SourceRegion, WeightSource
+from headrace.protocols import Slot, SourceRegion, WeightSource
 from headrace.segments import HostSegment, Lender, require_memory
-from headrace.store.layout import SEGMENT_BYTES, Layout, Slot
+from headrace.store.layout import SEGMENT_BYTES, Layout
 from headrace.types import ParamTable
 
 _log = logging.getLogger(__name__)

@@ -59,7 +59,7 @@ def merged_piece(name: str, layers: Mapping[str, Any], weight: torch.Tensor) -> 
     if problem:
         raise ConfigError(f"{name} {problem}", name=name)
     box = Box.whole(tuple(weight.shape))
-    return Piece(name, box, lambda: _merged(layer), is_computed=True)
+    return Piece(name, box, lambda: _merged(layer), origin=lambda: layer.base_layer.weight)
 
 
 def _merged(layer: Any) -> torch.Tensor:  # noqa: ANN401 - peft has no types
