@@ -244,7 +244,7 @@ def build(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Tests that need GPUs, with a torch built for them; each is skipped, with the reason, where there are too few."""
     _install(session, core_extras="engine,test")
-    folders = ("packages/core/tests/gpu", "packages/trainer-hooks/tests/gpu")
+    folders = [f"packages/{name}/tests/gpu" for name in ("core", "trainer-hooks", "vllm-adapter")]
     session.run("python", "-m", "pytest", *folders, *session.posargs, env=QUIET)
 
 

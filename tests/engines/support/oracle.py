@@ -69,11 +69,14 @@ class Oracle:
         """Return log-probabilities by position, the answer's steps being computed by one version after another."""
         from transformers import DynamicCache
 
+        from headrace.embedded.stepper import cache_argument
+
         cache, rows, begin = DynamicCache(), [], 0
         for version, steps in itertools.groupby(versions):
             end = begin + len(list(steps))
             given = [*prompt, *tokens][len(prompt) - 1 + begin if begin else 0 : len(prompt) - 1 + end]
-            made = self._models[version](torch.tensor([given]), past_key_values=cache, use_cache=True)
+            model = self._models[version]
+            made = model(torch.tensor([given]), use_cache=True, **{cache_argument(model): cache})
             rows.append(made.logits[0].float())
             begin = end
         return torch.log_softmax(torch.cat(rows), -1)

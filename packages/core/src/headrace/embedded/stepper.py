@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ class Stepper:
         self._backend = backend
         self._device = device
         self._samples = samples
+        self._cache_argument = cache_argument(model)
         self._caches: dict[int, DynamicCache] = {}
 
     @property
@@ -50,11 +52,16 @@ class Stepper:
             self._caches[job.request] = DynamicCache(config=self._model.config)
         output = self._model(
             input_ids=torch.tensor([job.tokens], device=self._device),
-            past_key_values=self._caches[job.request],
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._caches[job.request]},
         )
         return sample(output.logits[0, -1], job) if self._samples else None
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return by which name a model takes its KV cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def sample(logits: torch.Tensor, job: Job) -> int:
