@@ -25,6 +25,7 @@ from benchmarks import _gpu, _peer
 from benchmarks._common import Section, Spread, by_track
 from benchmarks._models import SERVED, Model
 from benchmarks._vllm_engine import RemoteEngine, longest_gap
+from headrace.errors import HeadraceError
 from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
 
@@ -93,9 +94,12 @@ class Bench:
         self.update("first: loader and proof")
         self.update("second: page-locks the other segments")
         for way in ways:
-            for turn in range(WARM_UPS + min(way.repeats, self._repeats)):
-                name = way.name if turn >= WARM_UPS else f"warm-up {turn + 1} of {way.name}"
-                self.update(name, budget_bytes=way.budget_bytes, **way.choices)
+            try:
+                for turn in range(WARM_UPS + min(way.repeats, self._repeats)):
+                    name = way.name if turn >= WARM_UPS else f"warm-up {turn + 1} of {way.name}"
+                    self.update(name, budget_bytes=way.budget_bytes, **way.choices)
+            except HeadraceError as error:
+                print(f"  {way.name}: {error}", flush=True)
         self.update("every byte compared", budget_bytes=None, verify="full")
 
     def rows(self, times: Sequence[Sequence[float]], link: float) -> list[tuple[str, ...]]:
@@ -197,6 +201,7 @@ def measure(name: str, tp: int, staging_gib: float, repeats: int, folder: Path) 
         "enforce_eager": True, "gpu_memory_utilization": 0.6, "max_model_len": 2048, "dtype": "bfloat16",
         "tensor_parallel_size": tp, "weight_transfer_config": {"backend": "headrace"},
         "worker_extension_cls": EXTENSION, "disable_custom_all_reduce": True, "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
     }  # fmt: skip
     environment = {"HEADRACE_STAGING_GIB": str(staging_gib), "VLLM_LOGGING_LEVEL": "INFO"}
     begin = time.monotonic()
@@ -207,11 +212,17 @@ def measure(name: str, tp: int, staging_gib: float, repeats: int, folder: Path) 
         bench = Bench(model, engine, repeats)
         with closing(bench):
             engine.engine.start_streams()
-            bench.series(WAYS)
+            try:
+                bench.series(WAYS)
+            except HeadraceError:
+                print((folder / "engine.log").read_text()[-5000:], flush=True)
+                raise
             time.sleep(QUIET_S)
             times = engine.engine.stop_streams()
             rows = bench.rows(times, link)
             usual = bench.usual_gap(times)
+        for row in rows:
+            print("  ".join(row), flush=True)
         others = baselines(engine, model, tp, repeats)
     rates = [len(stream) / (stream[-1] - stream[0]) for stream in times if len(stream) > 1]
     notes = (
