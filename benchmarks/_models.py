@@ -65,6 +65,21 @@ SERVED = {
 """What a real engine serves, by the names of `benchmarks.vllm_gpu`."""
 
 
+def qwen3_options(layers: int = QWEN3_06B.layers) -> dict[str, object]:
+    """Return the options of transformers' configuration of Qwen3-0.6B, with so many layers."""
+    shape = QWEN3_06B
+    return {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": True,
+    }
+
+
 def grown(num_matrices: int) -> Model:
     """Return 1.2 GB as so many matrices."""
     return Model(f"{num_matrices:,} matrices", num_matrices=num_matrices, num_bytes=1_200_000_000)

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks._common import Section, Spread, machine, wait_for_quiet
-from benchmarks._models import NUM_WORKERS, Model, worker_backend
+from benchmarks._models import NUM_WORKERS, Model, qwen3_options, worker_backend
 from benchmarks._trainer_rank import Measured, Run, Step, measure
 from benchmarks.all import report
 from headrace.protocols import InferenceBackend
@@ -43,21 +43,9 @@ TARGET_SHARE = 0.05
 
 def make_config(folder: Path, layers: int) -> Path:
     """Write the configuration of Qwen3-0.6B, with so many layers, into `folder`."""
-    shape = QWEN3_06B
     with tempfile.TemporaryDirectory() as tiny:
         AutoTokenizer.from_pretrained(make_tiny_qwen3(Path(tiny), 1)).save_pretrained(folder)
-    AutoConfig.for_model(
-        "qwen3",
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    ).save_pretrained(folder)
+    AutoConfig.for_model("qwen3", dtype="bfloat16", **qwen3_options(layers)).save_pretrained(folder)
     return folder
 
 

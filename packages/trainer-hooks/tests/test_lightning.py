@@ -83,6 +83,8 @@ def deepspeed_on_cpu(stage: int) -> Any:
     from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
     class OnCpu(DeepSpeedStrategy):
+        root_device = torch.device("cpu", 0)  # DeepSpeed is told its index
+
         def setup_environment(self) -> None:
             ParallelStrategy.setup_environment(self)
 
