@@ -23,6 +23,7 @@ from headrace.errors import (
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import CopyTable
 from headrace.segments import HostSegment
+from headrace.segments.ahead import PagesAhead
 from headrace.transports import mooncake_reader
 from headrace.transports.binding import bind_copies
 from headrace.transports.jobs import ReadBoard
@@ -247,9 +248,10 @@ class _Staging:
             "num_bytes": NUM_SLOTS * slot_bytes,
         }
         try:
-            self.helper = HelperProcess(
-                mooncake_reader.__name__, settings, cpus=host.mooncake_cpus, pass_fds=[self._segment.fd]
-            )
+            with PagesAhead([self._segment.tensor]):
+                self.helper = HelperProcess(
+                    mooncake_reader.__name__, settings, cpus=host.mooncake_cpus, pass_fds=[self._segment.fd]
+                )
         except BaseException:
             self._segment.close()
             raise
