@@ -23,7 +23,8 @@ from headrace.manifest import HolderAddress
 from headrace.segments import HostSegment
 from headrace.testing.copies import CopyRow, content, expected, random_strides, table_of
 from headrace.testing.leaks import children
-from headrace.testing.transport_suite import HolderProcess, TransportTests
+from headrace.testing.transport_holder import HolderProcess
+from headrace.testing.transport_suite import TransportTests
 from headrace.transports import CopyProgram
 from headrace.transports.mooncake_engine import (
     CODES,

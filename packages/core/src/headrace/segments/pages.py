@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -74,3 +75,14 @@ def _collapse(begin: int, end: int) -> bool:
 def _populate_write(begin: int, end: int) -> None:
     if end > begin:
         libc.madvise(begin, end - begin, _MADV_POPULATE_WRITE)
+
+
+def has_huge_pages(memory: torch.Tensor) -> bool:
+    """Return whether this process maps huge pages at the begin of `memory`."""
+    begin, inside = f"{memory.data_ptr():x}-", False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace").splitlines():
+        if not line[0].isupper():
+            inside = line.startswith(begin)
+        elif inside and line.startswith("ShmemPmdMapped:"):
+            return int(line.split()[1]) > 0
+    return False
