@@ -45,6 +45,18 @@ WHOLE = table_of([CopyRow(shape=(1 << 19,), src_strides=(2,), dst_strides=(2,))]
 needs_mooncake = pytest.mark.skipif(bool(missing()), reason=missing() or "Mooncake is there")
 
 
+@pytest.mark.parametrize(("lacks", "way_out"), [("module", "headrace[p2p]"), ("library", "libibverbs1")])
+def test_what_is_missing_is_named_with_the_way_to_get_it(
+    lacks: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None if lacks == "module" else object())
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    assert way_out in missing()
+
+
 def shown(segments: Sequence[HostSegment]) -> list[Shown]:
     return [Shown(s.descriptor.segment_id, s.descriptor.num_bytes, s.fd) for s in segments]
 
