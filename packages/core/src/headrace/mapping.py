@@ -1,4 +1,4 @@
-"""Mapping: memory of a descriptor, at an address where huge pages fit."""
+"""MappedMemory: what a descriptor holds, at an address where huge pages fit."""
 
 from __future__ import annotations
 
