@@ -14,6 +14,7 @@ from headrace.manifest import SegmentDescriptor
 from headrace.protocols import InferenceBackend
 from headrace.segments.host import HostSegment, MappedSegment
 from headrace.segments.lending import Lender, borrow
+from headrace.segments.pages import make_pages
 from headrace.testing.bare_engine import BareEngine
 
 _BORROW_S = 10.0
@@ -34,6 +35,7 @@ class PlainCopy:
         self._engine = engine
         self._num_bytes = num_bytes
         self._segment = HostSegment(num_bytes * engine.world_size, "benchmark-ceiling")
+        make_pages(self._segment.tensor)
         self._lender = Lender(host_settings())
         self._lender.start()
         self._lender.lend(self._segment)

@@ -22,7 +22,9 @@ from benchmarks._common import Section, Spread, gb_per_s
 from headrace import wire
 from headrace.config import HostSettings
 from headrace.errors import PeerLostError
+from headrace.mapping import HUGE_PAGE
 from headrace.segments import HostSegment
+from headrace.segments.pages import has_huge_pages, make_pages
 from headrace.server.holders import SourceSpec
 from headrace.server.joining import Ways
 from headrace.server.keeping import keep
@@ -33,6 +35,7 @@ from headrace.store.store import Store
 from headrace.transports.mooncake_process import HelperProcess
 
 BLOCK_BYTES = 64 << 20
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 REPEATS = 5
 
 
@@ -87,16 +90,26 @@ def ceiling(offer: wire.Offer, host: HostSettings, *, fresh: bool) -> float:
 
 def read(offer: wire.Offer, transport: str, host: HostSettings) -> dict[str, float]:
     """Return the seconds of one join's transfer, by phase, and as a whole."""
+    begin_s = time.monotonic()
     ways = Ways(transport, host)
     source = PeerSource(offer, ways)
     try:
-        begin_s = time.monotonic()
         with Store(source, "benchmark") as store:
             store.publish(1)
             total_s = time.monotonic() - begin_s
         return {**source.seconds, "whole": total_s}
     finally:
         ways.close()
+
+
+def pages_setting() -> str:
+    """Return what this kernel permits and what it gives: the setting for shared memory, and a segment's pages."""
+    setting = SHMEM_ENABLED.read_text().partition("[")[2].partition("]")[0] if SHMEM_ENABLED.exists() else "none"
+    with HostSegment(HUGE_PAGE, "headrace-benchmark") as segment:
+        sooner = make_pages(segment.tensor)
+        size = "2 MiB" if has_huge_pages(segment.tensor) else "4 KiB"
+    late = "" if sooner or size == "4 KiB" else ", slower than small ones just then"
+    return f"shmem_enabled {setting}, pages of {size}{late}; {torch.get_num_threads()} threads sum"
 
 
 def from_disk(checkpoint: Path) -> float:
@@ -123,6 +136,7 @@ def sections(num_bytes: int) -> list[Section]:
         offer = member.ask(lease=True)
         total = int(source.metadata().num_bytes.sum())
         rows: list[tuple[str, ...]] = []
+        setting = pages_setting()
         tops, colds, took = [], [], {kind: [] for kind in ("mooncake", "tcp", "memory", "disk")}  # type: ignore[var-annotated]
         for _ in range(REPEATS):
             tops.append(ceiling(offer, host, fresh=False))
@@ -170,6 +184,7 @@ def sections(num_bytes: int) -> list[Section]:
     columns = ("way", "GB/s while reading", "of Mooncake alone", "whole, of Mooncake alone", "whole, s")
     notes = (
         "whole: holders reached, memory made, bytes read and every parameter's sum checked; each pair in one round",
+        setting,
     )
     return [Section("p2p", title, columns, tuple(rows), notes)]
 

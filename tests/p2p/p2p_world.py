@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ from headrace import wire
 from headrace.errors import ConnectError
 from headrace.server.invitation import Invitation
 from headrace.server.membership import Membership
+from headrace.testing.leaks import descendants
 from headrace.transports.mooncake_engine import missing
 
 START_S = 120.0
@@ -57,10 +59,16 @@ class Command:
                 return line.split()[1]
         raise ConnectError(f"it ended without saying {word}: {self.end(1.0)[2]}")
 
+    def signal_all(self, number: int) -> None:
+        """Send a signal to it and to what it started."""
+        for pid in (self.process.pid, *descendants(self.process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def close(self) -> None:
         """Ask it to end, then make it; idempotent."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
+            self.signal_all(signal.SIGCONT)
             self.process.terminate()
             try:
                 self.process.wait(10)
@@ -134,8 +142,8 @@ class HoldProcess(Command):
         return msgspec.json.decode(out, type=wire.Standing)
 
     def stop(self) -> None:
-        """Let it hang."""
-        self.process.send_signal(signal.SIGSTOP)
+        """Let it hang, with Mooncake's process where it has one."""
+        self.signal_all(signal.SIGSTOP)
 
     def kill(self) -> None:
         """End it without a word."""

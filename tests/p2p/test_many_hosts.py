@@ -106,12 +106,18 @@ def test_four_holders_give_more_than_three_times_what_one_gives(
     assert one["seconds"]["read"] / four["seconds"]["read"] >= 3.2, (one, four)
 
 
+@pytest.mark.parametrize("transport", ["tcp", pytest.param("mooncake", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["killed", "stopped", pytest.param("cut", marks=pytest.mark.slow)])
 def test_the_others_give_what_a_lost_holder_owed(
-    weights: Path, socket_dir: Path, tmp_path: Path, how: str
+    weights: Path, socket_dir: Path, tmp_path: Path, how: str, transport: str
 ) -> None:
-    with switched(4, socket_dir, MBIT) as (joiner, *others), keepers(others, weights, tmp_path) as made:
-        reader = Reader(joiner, made[0], weights)
+    if transport == "mooncake":
+        need_mooncake()
+    with (
+        switched(4, socket_dir, MBIT) as (joiner, *others),
+        keepers(others, weights, tmp_path, transport) as made,
+    ):
+        reader = Reader(joiner, made[0], weights, transport)
         reader.wait_reading()
         if how == "killed":
             made[1].kill()
@@ -121,6 +127,7 @@ def test_the_others_give_what_a_lost_holder_owed(
             others[1].cut()
         found = reader.result()
         assert found.get("equal"), found
+        assert set(found["transports"].values()) == {transport}
         assert "reader" not in [member.name for member in made[0].standing_from(joiner).members]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from p2p_hosts import Host, switched
-from p2p_world import Command, HoldProcess, join_arguments
+from p2p_world import Command, HoldProcess, join_arguments, need_mooncake
 
 CHECK = Path(__file__).with_name("p2p_check.py")
 PORT = "8000"
@@ -96,11 +96,55 @@ def test_hosts_are_updated_together_under_torchrun(
 def torchrun(hosts: Sequence[Host], number: int, arguments: Sequence[str]) -> Command:
     """Run a command as one of two ranks of torchrun, on its host."""
     host = hosts[number]
-    launch = [
+    return Command(
+        *arguments, program=launch(hosts, number), prefix=host.prefix, environment=rank_environment(host)
+    )
+
+
+def launch(hosts: Sequence[Host], number: int) -> list[str]:
+    """Return the command line of torchrun on one of two hosts."""
+    return [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
         "--node-rank", str(number), "--master-addr", hosts[0].address, "--master-port", "29511",
-        "-m", "headrace", *arguments,
+        "-m", "headrace",
     ]  # fmt: skip
-    return Command(
-        program=launch, prefix=host.prefix, environment=host.environment | {"GLOO_SOCKET_IFNAME": "eth0"}
-    )
+
+
+def rank_environment(host: Host) -> dict[str, str]:
+    """Return the variables of a rank on a host."""
+    return host.environment | {"GLOO_SOCKET_IFNAME": "eth0"}
+
+
+@pytest.mark.parametrize("transport", ["tcp", pytest.param("mooncake", marks=pytest.mark.slow)])
+def test_hosts_hold_a_version_together_under_torchrun(
+    checkpoints: list[Path], socket_dir: Path, tmp_path: Path, transport: str
+) -> None:
+    """Each host keeps a half, the keeper names both, and an engine on a third host reads from both."""
+    if transport == "mooncake":
+        need_mooncake()
+    with (
+        switched(3, socket_dir) as (joiner, *others),
+        engines([joiner], checkpoints[1], "--load-format", "dummy"),
+        ExitStack() as stack,
+    ):
+        metas = tmp_path / "metas"
+        options = ["--transport", transport, "--allow-unauthenticated-data-plane"]
+        second = torchrun(others, 1, ["hold", "--checkpoint", str(checkpoints[0]), *options])
+        stack.enter_context(second)
+        program, environment = launch(others, 0), rank_environment(others[0])
+        keeper = HoldProcess(
+            checkpoints[0], metas, *options, program=program, prefix=others[0].prefix, environment=environment
+        )
+        stack.enter_context(keeper)
+        assert len(keeper.holders) == 2
+        assert {holder.name for holder in keeper.standing_from(joiner).holders} == set(keeper.holders)
+        target = f"torch=http://{joiner.address}:{PORT}"
+        arguments = join_arguments(target, metas, "--ready-s", "100")
+        with Command(*arguments, prefix=joiner.prefix, environment=joiner.environment) as join:
+            code, out, err = join.end(150)
+        assert code == 0, err
+        given = json.loads(out)["join"]
+        assert set(given["from_holders"]) == set(keeper.holders)
+        assert min(given["from_holders"].values()) > sum(given["from_holders"].values()) // 4
+        assert set(given["transports"].values()) == {transport}
+        assert check(joiner, checkpoints[0]) == {"version": 1, "differences": []}

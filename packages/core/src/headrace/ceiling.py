@@ -21,6 +21,7 @@ import torch
 from headrace.errors import ConfigError, PeerLostError, RemoteProtocolError, TransferTimeoutError
 from headrace.manifest import SegmentDescriptor
 from headrace.segments.host import HostSegment, MappedSegment
+from headrace.segments.pages import make_pages
 
 _AHEAD_S = 0.03
 _SPIN_S = 0.002
@@ -63,6 +64,7 @@ def measure_copy_ceiling(
         raise ConfigError(message, name="ceiling")
     limit = time.monotonic() + deadline_s
     with HostSegment(num_processes * bytes_each, "headrace-ceiling") as segment:
+        make_pages(segment.tensor)
         segment.tensor.random_(0, 256)
         processes = [_start(segment, number, bytes_each) for number in range(num_processes)]
         try:

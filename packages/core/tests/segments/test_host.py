@@ -98,8 +98,8 @@ def resident_bytes(address: int) -> int:
 @pytest.mark.parametrize("fallback", [False, True])
 def test_populate_brings_every_page_in(fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if fallback:
-        monkeypatch.setattr("headrace.segments.host._libc.madvise", lambda *_: -1)
-        monkeypatch.setattr("headrace.segments.host.ctypes.get_errno", lambda: errno.EINVAL)
+        monkeypatch.setattr("headrace.segments.pages.libc.madvise", lambda *_: -1)
+        monkeypatch.setattr("headrace.segments.pages.ctypes.get_errno", lambda: errno.EINVAL)
     steps = []
     with HostSegment(64 * 4096 + 5) as owner:
         owner.tensor.fill_(1)
@@ -117,8 +117,8 @@ def test_populate_reports_the_kernel_and_stops_when_told(monkeypatch: pytest.Mon
 
         with pytest.raises(LocalProtocolError, match="stop"):
             mapped.populate(4096, stop)
-        monkeypatch.setattr("headrace.segments.host._libc.madvise", lambda *_: -1)
-        monkeypatch.setattr("headrace.segments.host.ctypes.get_errno", lambda: errno.ENOMEM)
+        monkeypatch.setattr("headrace.segments.pages.libc.madvise", lambda *_: -1)
+        monkeypatch.setattr("headrace.segments.pages.ctypes.get_errno", lambda: errno.ENOMEM)
         with pytest.raises(TransportError, match="memory"):
             mapped.populate()
 

@@ -8,7 +8,8 @@ import torch
 from headrace.errors import ConnectError, LocalProtocolError
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.testing.copies import content
-from headrace.testing.transport_suite import SEGMENT_BYTES, HolderProcess, TransportTests
+from headrace.testing.transport_holder import SEGMENT_BYTES, HolderProcess
+from headrace.testing.transport_suite import TransportTests
 from headrace.transports import MemoryTransport
 
 

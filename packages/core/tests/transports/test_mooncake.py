@@ -23,7 +23,8 @@ from headrace.manifest import HolderAddress
 from headrace.segments import HostSegment
 from headrace.testing.copies import CopyRow, content, expected, random_strides, table_of
 from headrace.testing.leaks import children
-from headrace.testing.transport_suite import HolderProcess, TransportTests
+from headrace.testing.transport_holder import HolderProcess
+from headrace.testing.transport_suite import TransportTests
 from headrace.transports import CopyProgram
 from headrace.transports.mooncake_engine import (
     CODES,
@@ -42,6 +43,18 @@ WHOLE = table_of([CopyRow(shape=(1 << 19,), src_strides=(2,), dst_strides=(2,))]
 
 
 needs_mooncake = pytest.mark.skipif(bool(missing()), reason=missing() or "Mooncake is there")
+
+
+@pytest.mark.parametrize(("lacks", "way_out"), [("module", "headrace[p2p]"), ("library", "libibverbs1")])
+def test_what_is_missing_is_named_with_the_way_to_get_it(
+    lacks: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None if lacks == "module" else object())
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    assert way_out in missing()
 
 
 def shown(segments: Sequence[HostSegment]) -> list[Shown]:

@@ -31,7 +31,8 @@ from headrace.errors import (
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.testing.copies import CopyRow, content, table_of
 from headrace.testing.leaks import left_over, snapshot
-from headrace.testing.transport_suite import HolderProcess, TransportTests
+from headrace.testing.transport_holder import HolderProcess
+from headrace.testing.transport_suite import TransportTests
 from headrace.transports import TcpServer, TcpTransport
 from headrace.transports import tcp_server as server_module
 from headrace.transports.rows import Rows

@@ -18,6 +18,7 @@ from headrace.errors import ConfigError
 
 State = Literal["ok", "limited", "missing"]
 COLOURS: dict[State, str] = {"ok": "green", "limited": "yellow", "missing": "red"}
+SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 DIRECT, BROADCAST, P2P, TCP = "direct", "broadcast", "p2p", "direct over tcp"
 
 
@@ -61,7 +62,7 @@ def doctor(
 
 def examine() -> list[Check]:
     """Make every check; takes a second or two for torch's import; leaves only the socket folder."""
-    host = [_python(), *_memory(), _sealed_memory(), _socket_dir(), _locked_memory()]
+    host = [_python(), *_memory(), _sealed_memory(), *_huge_pages(), _socket_dir(), _locked_memory()]
     devices, collectives = list(_devices()), list(_collectives())
     plugins = list(_plugins())
     return [*host, *devices, *collectives, *_routes([*host, *devices, *collectives, *plugins]), *plugins]
@@ -110,6 +111,29 @@ def _sealed_memory() -> Check:
     finally:
         os.close(fd)
     return Check("host", "shared memory", "ok", "memfd with seals; no limit of /dev/shm applies")
+
+
+def _huge_pages() -> Iterator[Check]:
+    """Try to make the pages of a segment huge."""
+    try:
+        from headrace.errors import CapacityError
+        from headrace.mapping import HUGE_PAGE
+        from headrace.segments import HostSegment
+        from headrace.segments.pages import has_huge_pages, make_pages
+    except (ImportError, OSError):  # torch is broken; that finding is made under `devices`
+        return
+    try:
+        with HostSegment(HUGE_PAGE, "headrace-doctor") as segment:
+            make_pages(segment.tensor)
+            huge = has_huge_pages(segment.tensor)
+    except CapacityError as error:
+        yield Check("host", "huge pages", "missing", str(error))
+        return
+    if huge:
+        yield Check("host", "huge pages", "ok", "segments are made of pages of 2 MiB")
+        return
+    detail = "segments are made of 4 KiB pages, which takes longer; as root: echo advise > " + SHMEM_ENABLED
+    yield Check("host", "huge pages", "limited", detail)
 
 
 def _socket_dir() -> Check:

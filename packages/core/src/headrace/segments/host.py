@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import secrets
 import time
 from collections.abc import Callable
 from typing import Self
 
-import numpy as np
 import torch
 
 from headrace.errors import (
@@ -24,17 +21,12 @@ from headrace.errors import (
 )
 from headrace.manifest import SegmentDescriptor
 from headrace.segments.capacity import require_memory
+from headrace.segments.pages import PAGE, map_tensor, populate
 from headrace.segments.pinning import PinnedRange
 
-PAGE = mmap.PAGESIZE
 _BREATH_S = 2e-4
-_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _SEAL_FUTURE_WRITE = 0x10
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.madvise.restype = ctypes.c_int
 
 
 class HostSegment:
@@ -73,7 +65,7 @@ class HostSegment:
 
     def _prepare(self, num_bytes: int, *, peers_write: bool) -> torch.Tensor:
         os.ftruncate(self.fd, num_bytes)
-        tensor = _map_tensor(self.fd, num_bytes, writable=True)
+        tensor = map_tensor(self.fd, num_bytes, writable=True)
         seals = _SEALS if peers_write else _SEALS | _SEAL_FUTURE_WRITE
         try:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
@@ -132,7 +124,7 @@ class MappedSegment:
         self._pinned: PinnedRange | None = None
         _check_lent(fd, descriptor)
         try:
-            self._tensor: torch.Tensor | None = _map_tensor(fd, descriptor.num_bytes, writable=writable)
+            self._tensor: torch.Tensor | None = map_tensor(fd, descriptor.num_bytes, writable=writable)
         except OSError as error:
             way_out = "ask the holder for a writable segment" if writable else "raise the address space limit"
             message = f"segment {descriptor.segment_id} could not be mapped: {error}; {way_out}"
@@ -164,7 +156,12 @@ class MappedSegment:
         step = max(PAGE, chunk_bytes // PAGE * PAGE)
         size = self.descriptor.num_bytes
         for begin in range(0, size, step):
-            _populate(self.tensor[begin : min(begin + step, size)], self.descriptor.segment_id)
+            try:
+                populate(self.tensor[begin : min(begin + step, size)])
+            except OSError as error:
+                name = self.descriptor.segment_id
+                message = f"pages of segment {name} could not be mapped: {error.strerror}; is the host out of memory?"
+                raise TransportError(message, name=name) from error
             if between is not None:
                 between()
 
@@ -198,19 +195,6 @@ class MappedSegment:
         self.close()
 
 
-def _map_tensor(fd: int, num_bytes: int, *, writable: bool) -> torch.Tensor:
-    """Map `fd` shared; the tensor owns the mapping.
-
-    torch warns about read-only buffers, so it is shown a ctypes array at the mapping's address instead.
-    """
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    mapping = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, protection)
-    address = np.frombuffer(mapping, np.uint8).ctypes.data
-    array = (ctypes.c_uint8 * num_bytes).from_address(address)
-    array.mapping = mapping  # type: ignore[attr-defined]
-    return torch.frombuffer(array, dtype=torch.uint8)
-
-
 def _check_lent(fd: int, descriptor: SegmentDescriptor) -> None:
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -224,25 +208,3 @@ def _check_lent(fd: int, descriptor: SegmentDescriptor) -> None:
     if problem:
         message = f"segment {descriptor.segment_id} {problem}; the holder must run this version of Headrace"
         raise RemoteProtocolError(message, name=descriptor.segment_id)
-
-
-def make_pages(memory: torch.Tensor) -> None:
-    """Bring in the pages that lie wholly in writable memory, so that writes into it fault nowhere.
-
-    Blocking, without the GIL. Where the kernel cannot, the first write brings them in.
-    """
-    begin = -(-memory.data_ptr() // PAGE) * PAGE
-    end = (memory.data_ptr() + memory.numel()) // PAGE * PAGE
-    if end > begin:
-        _libc.madvise(begin, end - begin, _MADV_POPULATE_WRITE)
-
-
-def _populate(pages: torch.Tensor, segment_id: str) -> None:
-    if _libc.madvise(pages.data_ptr(), pages.numel(), _MADV_POPULATE_READ) == 0:
-        return
-    code = ctypes.get_errno()
-    if code != errno.EINVAL:
-        reason = os.strerror(code)
-        message = f"pages of segment {segment_id} could not be mapped: {reason}; is the host out of memory?"
-        raise TransportError(message, name=segment_id)
-    pages[::PAGE].sum()

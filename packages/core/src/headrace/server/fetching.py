@@ -22,6 +22,7 @@ from headrace.planner.copies import finish, make_copies
 from headrace.planner.holdings import Holdings
 from headrace.planner.join import join, restrict, uncovered, volumes
 from headrace.protocols import Transport
+from headrace.segments.ahead import PagesAhead
 from headrace.types import I32, I64, ITEMSIZES, ParamTable
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,26 @@ def _bytes_of(table: RegionTable, params: ParamTable) -> I64:
 
 
 @dataclass(frozen=True)
+class Landing:
+    """Where pieces go: flat blocks, and who makes their memory."""
+
+    blocks: Sequence[torch.Tensor]
+    memory: PagesAhead
+
+    def prepare(self, table: RegionTable, num_bytes: I64) -> None:
+        """Have the memory of dense regions made, as far as nobody began with it."""
+        for block, begin, size in zip(
+            table.block.tolist(), table.base.tolist(), num_bytes.tolist(), strict=True
+        ):
+            self.memory.need(block, begin, begin + size)
+
+
+@dataclass(frozen=True)
 class _Work:
     """One call of `run`."""
 
     pieces: Pieces
-    blocks: Sequence[torch.Tensor]
+    landing: Landing
     limit: float
     total_bytes: int
 
@@ -139,12 +155,12 @@ class Fetch:
         share = total_bytes // (4 * self._settings.lanes * max(len(self._manifests), 1))
         return max(min(self._settings.batch_bytes, share), min(MIB, self._settings.batch_bytes))
 
-    def run(self, pieces: Pieces, blocks: Sequence[torch.Tensor], limit: float) -> None:
+    def run(self, pieces: Pieces, landing: Landing, limit: float) -> None:
         """Read what nobody gave yet, in rounds: after each, what lost holders owed is asked of others. Blocking.
 
         Args:
             pieces: What is wanted; finer afterwards where holders have only parts of a piece.
-            blocks: Memory that the pieces lie in.
+            landing: Memory that the pieces lie in.
             limit: When to give up, monotonic.
 
         Raises:
@@ -166,7 +182,7 @@ class Fetch:
                 raise self._nobody(pieces, todo)
             self._queues = queues
             begin = time.monotonic()
-            self._round(_Work(pieces, blocks, limit, total))
+            self._round(_Work(pieces, landing, limit, total))
             self.read_s += time.monotonic() - begin
 
     def _reach(self) -> list[int]:
@@ -265,11 +281,13 @@ class Fetch:
         """
         way, settings, pieces = self._way(holder), self._settings, work.pieces
         codes = self._params.dtype_codes[pieces.table.param[batch.rows]]
-        copies = make_copies(batch.sources[holder], pieces.table.take(batch.rows), codes, codes)
+        wanted = pieces.table.take(batch.rows)
+        work.landing.prepare(wanted, pieces.num_bytes[batch.rows])
+        copies = make_copies(batch.sources[holder], wanted, codes, codes)
         copies, _ = finish(copies, np.zeros(len(copies), np.int64), 1)
         patience_s = settings.patience_s + batch.num_bytes / settings.least_bytes_per_s
         deadline_s = max(0.0, min(work.limit - time.monotonic(), patience_s))
-        way.wait(way.submit(copies, self._manifests[holder].segments, work.blocks), deadline_s)
+        way.wait(way.submit(copies, self._manifests[holder].segments, work.landing.blocks), deadline_s)
         with self._lock:
             pieces.giver[batch.rows] = holder
             self._given[holder] = self._given.get(holder, 0) + batch.num_bytes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from headrace.geometry import Box, RegionTable
 from headrace.manifest import Manifest
 from headrace.planner.join import volumes
 from headrace.planner.ring import cut
-from headrace.planner.views import MAPPED
 from headrace.protocols import SourceRegion, Transport
-from headrace.server.fetching import Fetch, Pieces, ReadSettings
-from headrace.server.pages import PagesAhead
+from headrace.segments.ahead import PagesAhead
+from headrace.server.fetching import Fetch, Landing, Pieces, ReadSettings
 from headrace.server.whole import params_of, sums_of, whole_regions
 from headrace.types import I64, ITEMSIZES, ParamTable
 from headrace.wire import Offer
@@ -108,15 +106,13 @@ class PeerSource:
         real = regions.take(np.flatnonzero(volumes(regions.shape) > 0))
         sizes = ITEMSIZES[self._params.dtype_codes[real.param]]
         total = int((volumes(real.shape) * sizes).sum())
-        memory = PagesAhead(blocks)
-        way = partial(self._way_into, memory)
-        fetch = Fetch(self._manifests, self._params, way, self._settings, self._teller(progress))
+        fetch = Fetch(self._manifests, self._params, self._way, self._settings, self._teller(progress))
         table, _ = cut(real, sizes, fetch.batch_bytes(total))
         pieces, wrong, check_s = Pieces.of(table, self._params), np.zeros(0, np.int64), 0.0
         order = list(range(len(self._manifests)))
         for attempt in range(self._settings.attempts):
-            with memory:
-                fetch.run(pieces, blocks, limit)
+            with PagesAhead(blocks) as memory:
+                fetch.run(pieces, Landing(blocks, memory), limit)
             begin = time.monotonic()
             wrong = self._wrong(real, blocks)
             check_s += time.monotonic() - begin
@@ -133,13 +129,6 @@ class PeerSource:
         names = [self._params[int(i)].name for i in wrong[:5]]
         text = f"{len(wrong)} parameters differ from what their holders said, whoever gives them: {', '.join(names)}"
         raise IntegrityError(text, name=names[0], phase="join", weight_version=self.version)
-
-    def _way_into(self, memory: PagesAhead, manifest: Manifest) -> Transport:
-        """Return the transport for a holder; `memory` is made ahead where bytes travel, not where copies keep up."""
-        found = self._way(manifest)
-        if found.name != MAPPED:
-            memory.begin()
-        return found
 
     def _teller(self, progress: Callable[[int, int], None]) -> Callable[[Mapping[int, int], int], None]:
         def told(given: Mapping[int, int], total_bytes: int) -> None:

@@ -20,6 +20,7 @@ from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.protocols import Slot, SourceRegion, WeightSource
 from headrace.segments import HostSegment, Lender, require_memory
+from headrace.segments.ahead import PagesAhead
 from headrace.store.layout import SEGMENT_BYTES, Layout
 from headrace.types import ParamTable
 
@@ -326,6 +327,12 @@ class _Reading:
     def run(self, num_threads: int, progress: Progress | None, end: float) -> None:
         """Read everything; on the first failure the others stop after the region they are at."""
         tasks = self._target.layout.tasks(cut=getattr(self._source, "reads_parts", False))
+        with PagesAhead([segment.tensor for segment in self._target.segments]) as self._memory:
+            self._run(tasks, num_threads, progress, end)
+
+    def _run(
+        self, tasks: Iterable[list[Slot]], num_threads: int, progress: Progress | None, end: float
+    ) -> None:
         pool = ThreadPoolExecutor(num_threads, "headrace-read")
         try:
             self._futures = [pool.submit(self._read, task) for task in tasks]
@@ -360,6 +367,7 @@ class _Reading:
             if self._stop.is_set():
                 return
             if slot.num_bytes:
+                self._memory.need(slot.segment, slot.begin, slot.begin + slot.num_bytes)
                 self._source.read(
                     SourceRegion(slot.region.name, slot.region.box), self._target.bytes_of(slot)
                 )

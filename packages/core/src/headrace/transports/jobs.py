@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from headrace.errors import LocalProtocolError, TransferTimeoutError, TransportClosedError
 
 _ABORT_S = 5.0
+P = TypeVar("P")
 
 
 class Job(Protocol):
@@ -56,6 +57,20 @@ class ReadBoard:
     def closed_error(self) -> TransportClosedError:
         """Return the error of a transport that was closed."""
         return TransportClosedError(f"the {self._name} transport was closed", name=self._name)
+
+    def find(self, places: Mapping[str, P], segment_id: str) -> P:
+        """Return where an open segment lies, by the transport's table of those.
+
+        Raises:
+            LocalProtocolError: It was not opened.
+        """
+        with self.lock:
+            self.check_open()
+            found = places.get(segment_id)
+        if found is None:
+            message = f"segment {segment_id} is not open; open it first"
+            raise LocalProtocolError(message, name=segment_id)
+        return found
 
     def start(self, job: Job, reads: Sequence[Callable[[], None]]) -> int:
         """Begin a job's reads in background threads and return its number."""

@@ -16,21 +16,20 @@ import torch
 from headrace.config import HostSettings, host_settings
 from headrace.errors import (
     ConnectError,
-    LocalProtocolError,
     PeerLostError,
     TransportClosedError,
 )
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import CopyTable
 from headrace.segments import HostSegment
+from headrace.segments.ahead import PagesAhead
 from headrace.transports import mooncake_reader
 from headrace.transports.binding import bind_copies
 from headrace.transports.jobs import ReadBoard
 from headrace.transports.mooncake_engine import missing
 from headrace.transports.mooncake_process import Answer, HelperProcess
 from headrace.transports.mooncake_reads import StagedReads, staged_reads
-from headrace.transports.program import addressable_bytes
-from headrace.transports.rows import Rows
+from headrace.transports.program import real_copies
 
 logger = logging.getLogger(__name__)
 SLOT_BYTES = 16 << 20
@@ -105,10 +104,8 @@ class MooncakeTransport:
             PlanError: A copy reaches outside its memory.
             LocalProtocolError: A segment was not opened.
         """
-        places = [self._place(segment.segment_id) for segment in segments]
-        Rows.sources(copies).check([segment.num_bytes for segment in segments], "source")
-        Rows.destinations(copies).check([addressable_bytes(block) for block in blocks], "destination")
-        copies = copies.take(np.flatnonzero(copies.num_elements))
+        places = [self._board.find(self._places, segment.segment_id) for segment in segments]
+        copies = real_copies(copies, segments, blocks)
         job = _Job(blocks)
         for session in dict.fromkeys(session for session, _ in places):
             mine = np.array([other == session for other, _ in places])
@@ -132,15 +129,6 @@ class MooncakeTransport:
         if staging is not None:
             staging.close()
         self._board.join()
-
-    def _place(self, segment_id: str) -> tuple[str, int]:
-        with self._board.lock:
-            self._board.check_open()
-            found = self._places.get(segment_id)
-        if found is None:
-            message = f"segment {segment_id} is not open; open it first"
-            raise LocalProtocolError(message, name=segment_id)
-        return found
 
     def _fresh_staging(self) -> _Staging:
         """Return staging with enough slots that can still be used, with a new helper where there is none."""
@@ -247,9 +235,10 @@ class _Staging:
             "num_bytes": NUM_SLOTS * slot_bytes,
         }
         try:
-            self.helper = HelperProcess(
-                mooncake_reader.__name__, settings, cpus=host.mooncake_cpus, pass_fds=[self._segment.fd]
-            )
+            with PagesAhead([self._segment.tensor]):
+                self.helper = HelperProcess(
+                    mooncake_reader.__name__, settings, cpus=host.mooncake_cpus, pass_fds=[self._segment.fd]
+                )
         except BaseException:
             self._segment.close()
             raise

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import mmap
-import os
 import struct
 import time
 import zlib
@@ -19,6 +17,7 @@ from headrace.errors import (
     PeerLostError,
     RemoteProtocolError,
 )
+from headrace.mapping import MappedMemory
 
 BATCH_ENTRIES = 1024
 DIRECTORY_BYTES = 1 << 18
@@ -28,17 +27,6 @@ _LEAST_SLEEP_S, _MOST_SLEEP_S = 2e-4, 5e-3
 _HEADER = struct.Struct("<4sIQI")
 _ENTRY = struct.Struct("<32sQQ")
 _MAGIC = b"HDRD"
-_MAP_ANONYMOUS_SHARED = 0x21
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
 
 CODES: Mapping[int, type[HeadraceError]] = {-1: PeerLostError, -2: PeerLostError}
 """What Mooncake's calls return when they fail: -1 is a dead peer, refused memory or a time-out, -2 a time-out."""
@@ -171,27 +159,17 @@ class Mooncake:
                 check(state, what)
 
 
-def map_address(fd: int, num_bytes: int, *, writable: bool, private: bool = False) -> int:
-    """Map a descriptor for the life of this process and return the address.
+def map_memory(fd: int, num_bytes: int, *, writable: bool, private: bool = False) -> MappedMemory:
+    """Map a descriptor; see MappedMemory.
 
     Raises:
         BackendUnavailableError: The kernel refuses.
     """
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-    if fd < 0:
-        flags = _MAP_ANONYMOUS_SHARED
-    address = _libc.mmap(None, num_bytes, protection, flags, fd, 0)
-    if address is None or address == ctypes.c_void_p(-1).value:
-        reason = os.strerror(ctypes.get_errno())
-        message = f"{num_bytes} bytes cannot be mapped for Mooncake: {reason}"
-        raise BackendUnavailableError(message, name="mooncake")
-    return int(address)
-
-
-def unmap(address: int, num_bytes: int) -> None:
-    """Undo `map_address`."""
-    _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes))
+    try:
+        return MappedMemory(fd, num_bytes, writable=writable, private=private)
+    except OSError as error:
+        message = f"{num_bytes} bytes cannot be mapped for Mooncake: {error.strerror}"
+        raise BackendUnavailableError(message, name="mooncake") from error
 
 
 def encode_directory(generation: int, segments: Mapping[str, tuple[int, int]]) -> bytes:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from headrace.config import HostSettings
 from headrace.errors import ConnectError
+from headrace.mapping import MappedMemory
 from headrace.transports.mooncake_engine import (
     DIRECTORY_BYTES,
     Mooncake,
     encode_directory,
-    map_address,
-    unmap,
+    map_memory,
 )
 from headrace.transports.mooncake_process import Answer, HelperProcess, serve
 
@@ -64,8 +64,9 @@ class GateEngine:
     def __init__(self, host: str, nics: Sequence[str] = ()) -> None:
         self._engine = Mooncake(host, nics)
         self.facts = {"session": self._engine.session}
-        self._directory = map_address(-1, DIRECTORY_BYTES, writable=True)
-        self._engine.register(self._directory, DIRECTORY_BYTES)
+        self._directory = map_memory(-1, DIRECTORY_BYTES, writable=True)
+        self._engine.register(self._directory.address, DIRECTORY_BYTES)
+        self._mapped: dict[str, MappedMemory] = {}
         self._shown: dict[str, tuple[int, int]] = {}
         self._generation = 0
         self._write()
@@ -79,17 +80,18 @@ class GateEngine:
         """Serve exactly these segments of process `pid`."""
         wanted = {one.segment_id: one for one in segments}
         for name in self._shown.keys() - wanted.keys():
-            address, size = self._shown.pop(name)
+            address, _ = self._shown.pop(name)
             self._write()
             self._engine.unregister(address)
-            unmap(address, size)
+            del self._mapped[name]
         for name in wanted.keys() - self._shown.keys():
-            address = self._map(pid, wanted[name])
-            self._engine.register(address, wanted[name].num_bytes)
-            self._shown[name] = (address, wanted[name].num_bytes)
+            self._mapped[name] = self._map(pid, wanted[name])
+            address, size = self._mapped[name].address, wanted[name].num_bytes
+            self._engine.register(address, size)
+            self._shown[name] = (address, size)
         self._write()
 
-    def _map(self, pid: int, segment: Shown) -> int:
+    def _map(self, pid: int, segment: Shown) -> MappedMemory:
         """Map a segment by way of a descriptor that can only read."""
         path = f"/proc/{pid}/fd/{segment.fd}"
         try:
@@ -99,14 +101,14 @@ class GateEngine:
             raise ConnectError(message, name=segment.segment_id) from error
         try:
             own = self._engine.uses_rdma
-            return map_address(fd, segment.num_bytes, writable=own, private=own)
+            return map_memory(fd, segment.num_bytes, writable=own, private=own)
         finally:
             os.close(fd)
 
     def _write(self) -> None:
         self._generation += 1
         data = encode_directory(self._generation, self._shown)
-        ctypes.memmove(self._directory, data, len(data))
+        ctypes.memmove(self._directory.address, data, len(data))
 
 
 def main() -> None:

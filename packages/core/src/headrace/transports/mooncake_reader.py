@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ConnectError, PeerLostError
+from headrace.mapping import MappedMemory
 from headrace.transports.mooncake_engine import (
     DIRECTORY_BYTES,
     Mooncake,
     decode_directory,
-    map_address,
+    map_memory,
 )
 from headrace.transports.mooncake_process import Answer, serve
 
@@ -26,7 +27,9 @@ class ReaderEngine:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._engine = Mooncake(settings["host"], settings["nics"])
         self.facts = {"session": self._engine.session}
-        self._staging = map_address(int(settings["fd"]), int(settings["num_bytes"]), writable=True)
+        self._memory = map_memory(int(settings["fd"]), int(settings["num_bytes"]), writable=True)
+        self._staging = self._memory.address
+        self._scratch: list[MappedMemory] = []
         self._engine.register(self._staging, int(settings["num_bytes"]))
 
     def __call__(self, request: Mapping[str, Any]) -> Answer:
@@ -43,7 +46,9 @@ class ReaderEngine:
         """Return where a holder's segments lie; the memory that is read into is of this look alone, for ever."""
         try:
             first = self._engine.first_address(session)
-            scratch = map_address(-1, DIRECTORY_BYTES, writable=True)
+            memory = map_memory(-1, DIRECTORY_BYTES, writable=True)
+            self._scratch.append(memory)
+            scratch = memory.address
             self._engine.register(scratch, DIRECTORY_BYTES)
             for _ in range(_LOOKS):
                 self._engine.read(session, [(scratch, first, DIRECTORY_BYTES)])

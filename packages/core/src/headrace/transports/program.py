@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from headrace.errors import PlanError
+from headrace.manifest import SegmentDescriptor
 from headrace.plan import CopyTable
 from headrace.transports.moves import Moves
 from headrace.transports.rows import Mask, Rows
@@ -209,6 +210,19 @@ def _first_byte(block: torch.Tensor) -> int:
 
 def _as_strided(bases: list[torch.Tensor], shape: I64, strides: I64, offsets: I64) -> list[torch.Tensor]:
     return list(map(torch.as_strided, bases, shape.tolist(), strides.tolist(), offsets.tolist()))
+
+
+def real_copies(
+    copies: CopyTable, segments: Sequence[SegmentDescriptor], blocks: Sequence[torch.Tensor]
+) -> CopyTable:
+    """Return the copies that move anything, of a table from segments into blocks.
+
+    Raises:
+        PlanError: A copy reaches outside its memory.
+    """
+    Rows.sources(copies).check([segment.num_bytes for segment in segments], "source")
+    Rows.destinations(copies).check([addressable_bytes(block) for block in blocks], "destination")
+    return copies.take(np.flatnonzero(copies.num_elements))
 
 
 def addressable_bytes(block: torch.Tensor) -> int:

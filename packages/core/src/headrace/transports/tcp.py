@@ -16,7 +16,6 @@ import torch
 
 from headrace.errors import (
     ConnectError,
-    LocalProtocolError,
     PeerLostError,
     RemoteProtocolError,
 )
@@ -24,7 +23,7 @@ from headrace.geometry import dense_strides
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import CopyTable
 from headrace.transports.jobs import ReadBoard
-from headrace.transports.program import CopyProgram, addressable_bytes, is_flat
+from headrace.transports.program import CopyProgram, is_flat, real_copies
 from headrace.transports.rows import Mask, Rows, batches, cut_rows, joined_spans, packed_bases
 from headrace.transports.tcp_frames import (
     OPEN,
@@ -109,10 +108,8 @@ class TcpTransport:
             PlanError: A copy reaches outside its memory.
             LocalProtocolError: A segment was not opened.
         """
-        holders = [self._holder(segment.segment_id) for segment in segments]
-        Rows.sources(copies).check([segment.num_bytes for segment in segments], "source")
-        Rows.destinations(copies).check([addressable_bytes(block) for block in blocks], "destination")
-        copies = copies.take(np.flatnonzero(copies.num_elements))
+        holders = [self._board.find(self._holder_of, segment.segment_id) for segment in segments]
+        copies = real_copies(copies, segments, blocks)
         job = _Job(self._board)
         for holder in dict.fromkeys(holders):
             mine = np.array([other == holder for other in holders])
@@ -138,15 +135,6 @@ class TcpTransport:
         for line in idle:
             line.close()
         self._board.join()
-
-    def _holder(self, segment_id: str) -> HolderAddress:
-        with self._board.lock:
-            self._board.check_open()
-            found = self._holder_of.get(segment_id)
-        if found is None:
-            message = f"segment {segment_id} is not open; open it first"
-            raise LocalProtocolError(message, name=segment_id)
-        return found
 
     def _line(self, holder: HolderAddress, deadline_s: float) -> Line:
         with self._board.lock:
