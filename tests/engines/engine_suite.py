@@ -1,8 +1,8 @@
 """One suite for all engines with a server: what an update under load must keep. Subclass it per engine.
 
-A subclass gives fixtures `server` (class-scoped: `target`, `generate(prompt, max_tokens)`, `version()`), `checkpoints`
-(by name: `a` is what the server was started with, `b`, `c`, `partial`, `misshapen`) and `oracle`, whose versions are
-names of checkpoints.
+A subclass names its `engine` (what it makes has `target`, `generate(prompt, max_tokens)`, `version()`), the model and
+the server's flags. Fixtures are in `conftest.py`: `server`; `checkpoints` by name (`a` is what the server was started
+with, `b`, `c`, `partial`, `misshapen`); `oracle`, whose versions are names of checkpoints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -62,7 +62,19 @@ class Load:
 
 
 class EngineSuite:
-    """Tests that every engine with a server inherits."""
+    """Tests that every engine with a server inherits.
+
+    Attributes:
+        engine: Class of the server, called with the model's folder, the options, `log` and the choices.
+        family: The model, as `families` names it.
+        options: Flags of the server.
+        choices: Further arguments of `engine`.
+    """
+
+    engine: ClassVar[type]
+    family: ClassVar[str] = "qwen3"
+    options: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[dict[str, Any]] = {}
 
     def update(self, server: Any, checkpoint: Path, **choices: Any) -> UpdateReport:
         with ParameterServer(checkpoint) as source:

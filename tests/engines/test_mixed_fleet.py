@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ROOT / "packages"
 SUPPORT = PACKAGES / "sglang-adapter" / "tests" / "support"
-sys.path[:0] = [str(Path(__file__).parent / "support"), str(SUPPORT), str(SUPPORT / "cpu")]
+sys.path[:0] = [str(SUPPORT), str(SUPPORT / "cpu")]
 VLLM_PYTHON = os.environ.get("HEADRACE_VLLM_PYTHON", "")
 
 if importlib.util.find_spec("sglang") is None:
@@ -33,7 +33,6 @@ if not Path(VLLM_PYTHON).is_file():
 
 import torchvision_operators  # noqa: E402, F401 - transformers imports torchvision where it is installed
 from checkpoints import checkpoints_of  # noqa: E402
-from folders import socket_dir  # noqa: E402, F401 - a fixture of this module
 from oracle import Oracle  # noqa: E402
 from prompts import PROMPT  # noqa: E402
 from sglang_server import SglangServer  # noqa: E402

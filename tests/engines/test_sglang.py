@@ -15,16 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "packages" / "sglang-adapter" / "tests" / "support"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
 sys.path[:0] = [str(SUPPORT), str(SUPPORT / "cpu")]
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs SGLang: run `nox -s sglang`", allow_module_level=True)
 
 import torchvision_operators  # noqa: E402, F401 - transformers imports torchvision where it is installed
-from checkpoints import checkpoints_of  # noqa: E402
 from engine_suite import EngineSuite  # noqa: E402
-from folders import socket_dir  # noqa: E402, F401 - a fixture of this module
 from oracle import Oracle  # noqa: E402
 from sglang_server import SglangServer  # noqa: E402
 
@@ -35,32 +32,10 @@ from headrace.testing.control_suite import EngineControlTests  # noqa: E402
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture(scope="class")
-def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return checkpoints_of(request.cls.family, tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="class")
-def oracle(checkpoints: dict[str, Path]) -> Oracle:
-    return Oracle({name: checkpoints[name] for name in "abc"})
-
-
-@pytest.fixture(scope="class")
-def server(
-    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[SglangServer]:
-    log = tmp_path_factory.mktemp("log") / "sglang.log"
-    with SglangServer(checkpoints["a"], *request.cls.options, log=log, **request.cls.choices) as server:
-        yield server
-
-
 class SglangSuite(EngineSuite):
-    """What subclasses choose: the model, and the server's flags."""
+    """The suite on SGLang, and updaters that are killed."""
 
-    family: ClassVar[str] = "qwen3"
-    options: ClassVar[tuple[str, ...]] = ()
-    choices: ClassVar[dict[str, Any]] = {}
-
+    engine: ClassVar[type] = SglangServer
 
     @pytest.mark.parametrize(("place", "holds"), [("paused", "a"), ("committed", "b")])
     def test_an_updater_that_is_killed_leaves_whole_weights(

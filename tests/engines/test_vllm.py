@@ -4,53 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
 sys.path.insert(0, str(ROOT / "packages" / "vllm-adapter" / "tests" / "support"))
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: run `nox -s vllm`", allow_module_level=True)
 
-from checkpoints import checkpoints_of  # noqa: E402
 from engine_suite import EngineSuite  # noqa: E402
-from folders import socket_dir  # noqa: E402, F401 - a fixture of this module
 from oracle import Oracle  # noqa: E402
 from vllm_server import VllmServer  # noqa: E402
 
 pytestmark = pytest.mark.timeout(480)
 
 
-@pytest.fixture(scope="class")
-def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return checkpoints_of(request.cls.family, tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="class")
-def oracle(checkpoints: dict[str, Path]) -> Oracle:
-    return Oracle({name: checkpoints[name] for name in "abc"})
-
-
-@pytest.fixture(scope="class")
-def server(
-    request: pytest.FixtureRequest, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VllmServer]:
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
-    with VllmServer(checkpoints["a"], *request.cls.options, log=log, **request.cls.choices) as server:
-        yield server
-
-
 class VllmSuite(EngineSuite):
-    """What subclasses choose: the model, and the server's flags."""
+    """The suite on vLLM."""
 
-    family: ClassVar[str] = "qwen3"
-    options: ClassVar[tuple[str, ...]] = ()
-    choices: ClassVar[dict[str, Any]] = {}
+    engine: ClassVar[type] = VllmServer
 
 
 class TestPacked(VllmSuite):

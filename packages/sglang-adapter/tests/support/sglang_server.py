@@ -83,7 +83,7 @@ class SglangServer(ServerProcess):
         command += ["--api-key", key] if key else []
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         known = environment(workers) | dict(variables or {})
-        super().__init__(command, port, environment=known, log=log, headers=headers, own_session=True)
+        super().__init__(command, port, environment=known, log=log, headers=headers, own_group=True)
         self.target = f"sglang={self.url}"
         self.wait_ready(START_S)
 

@@ -74,7 +74,7 @@ class VllmServer(ServerProcess):
         command += [*(("--enable-scale-out",) if REPORTS_VERSIONS else ()), *doors, *options]
         path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
         variables = QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
-        super().__init__(command, port, environment=os.environ | variables, log=log, own_session=True)
+        super().__init__(command, port, environment=os.environ | variables, log=log, own_group=True)
         self.target = f"vllm={self.url}"
         self.wait_ready(START_S)
 

@@ -29,12 +29,12 @@ from headrace.holder import Holder, HolderTicket
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SteppedSource, WeightSource
 from headrace.segments.folders import sweep
+from headrace.server.startup import LONGEST_STARTUP_S, STARTUP_S, Startup
 from headrace.server.switchboard import Peer, Switchboard, ask_all
 from headrace.store.checkpoint import CheckpointSource
 from headrace.types import I64
 
 logger = logging.getLogger(__name__)
-STARTUP_S = 60.0
 KEPT_LAYOUTS = 2
 STEP_ATTEMPTS = 8
 ProgressCallback = Callable[[str, int, int], None]
@@ -82,6 +82,7 @@ class HolderPool:
         self._switchboard = switchboard
         self._host = host
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._starting: dict[int, Startup] = {}
         self._threads: list[threading.Thread] = []
         self._tickets: list[HolderTicket] = []
         self.peers: list[Peer] = []
@@ -108,21 +109,24 @@ class HolderPool:
             tickets_here = tickets
         for ticket in tickets_here:
             self._start(ticket, count)
-        tokens = {ticket.token for ticket in tickets}
-        found = self._switchboard.arrivals(
-            count,
-            lambda p: isinstance(p.hello, wire.HolderHello) and p.hello.token in tokens,
-            STARTUP_S,
-            "holders",
-            self._check_processes,
-        )
-        self.peers = sorted(found, key=lambda peer: peer.key)
+        self.peers = self._await({ticket.token for ticket in tickets})
 
-    def _check_processes(self) -> None:
-        for process in self._processes:
-            if process.poll() not in (None, 0):
-                text = f"a holder process ended with code {process.returncode} before it was up; see its messages"
-                raise PeerLostError(text, phase="read")
+    def _await(self, tokens: set[str]) -> list[Peer]:
+        """Return who dials in with these tokens, by index; processes are given their own time to start."""
+
+        def is_ours(peer: Peer) -> bool:
+            if not isinstance(peer.hello, wire.HolderHello) or peer.hello.token not in tokens:
+                return False
+            self._starting.pop(peer.hello.index, None)
+            return True
+
+        limit_s = LONGEST_STARTUP_S if self._starting else STARTUP_S
+        found = self._switchboard.arrivals(len(tokens), is_ours, limit_s, "holders", self._check_starting)
+        return sorted(found, key=lambda peer: peer.key)
+
+    def _check_starting(self) -> None:
+        for startup in self._starting.values():
+            startup.check()
 
     @property
     def addresses(self) -> tuple[HolderAddress, ...]:
@@ -237,6 +241,7 @@ class HolderPool:
         self._switchboard.forget(self.peers)
         self._processes, self._threads, self.peers, self._known, self.newest = [], [], [], {}, None
         self.published = []
+        self._starting.clear()
         sweep(self._host.socket_dir)
 
     def _ticket(self, index: int) -> HolderTicket:
@@ -262,6 +267,7 @@ class HolderPool:
         }
         process = subprocess.Popen([sys.executable, "-P", "-m", "headrace.holder"], stdin=subprocess.PIPE)
         self._processes.append(process)
+        self._starting[ticket.index] = Startup(process, f"the process of holder {ticket.index}")
         if process.stdin is None:
             raise PeerLostError("a holder process was started without a pipe")
         process.stdin.write(json.dumps(spec).encode() + b"\n")
