@@ -172,14 +172,16 @@ def test_a_publish_that_fails_leaves_the_newest_alone(before: int) -> None:
 
 
 def memfds() -> int:
+    """Return how many segments this process has open, by whatever number of descriptors."""
     gc.collect()
-    links = []
+    found = set()
     for fd in Path("/proc/self/fd").iterdir():
         try:
-            links.append(str(fd.readlink()))
+            if "memfd:headrace-holder" in str(fd.readlink()):
+                found.add(fd.stat().st_ino)
         except OSError:
             continue
-    return sum("memfd:headrace-holder" in link for link in links) // 2
+    return len(found)
 
 
 def test_close_gives_all_memory_back() -> None:
