@@ -33,7 +33,7 @@ COLUMNS = (
     "way", "commit ms", "of the link", "stall ms", "total ms", "longest gap ms", "gap while staging ms", "barrier",
 )  # fmt: skip
 WARM_UPS = 1
-QUIET_S = 1.5
+QUIET_S = 1.2
 EXTENSION = "benchmarks._vllm_worker.BenchExtension"
 
 
@@ -49,7 +49,7 @@ class Way:
 
 WAYS = (
     Way("straight from host memory", 0),
-    Way("staged", None, repeats=3),
+    Way("staged", None, repeats=2),
     Way("staged, caches kept, paused", None, {"cache": "keep", "barrier": "pause"}, repeats=3),
     Way("staged, caches kept, held", None, {"cache": "keep", "barrier": "hold"}),
 )

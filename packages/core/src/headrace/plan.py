@@ -9,7 +9,7 @@ import numpy as np
 
 from headrace.geometry import is_dense
 from headrace.manifest import SegmentDescriptor
-from headrace.types import I32, I64, ITEMSIZES, U8
+from headrace.types import I32, I64, ITEMSIZES, U8, dtype_code
 
 STAGE_ALIGN_BYTES = 128
 
@@ -130,7 +130,7 @@ class TransferPlan:
         num_bytes: Bytes that reach this receiver.
         ring: How memory is used in between.
         lent: Opaque sources that the loader reads where they lie, in mapped memory, instead of in a buffer: position
-            in `opaque`, index of the segment, byte; shape (L, 3).
+            in `opaque`, index of the segment, first byte, number of bytes; shape (L, 4).
         key: Equal for plans that are equal but for the version.
     """
 
@@ -156,6 +156,23 @@ class TransferPlan:
     def num_buckets(self) -> int:
         """Number of buckets."""
         return len(self.apply_starts) - 1
+
+    @property
+    def reads(self) -> CopyTable:
+        """All that is read out of `segments`: by copies, and by the loader, whose rows are plain bytes to block -1."""
+        copies = self.apply if self.ring.mode in MAPPED_MODES else self.fill
+        _, segment, begin, num_bytes = self.lent.T
+        count, width = len(self.lent), copies.shape.shape[1]
+        shape, strides = np.ones((count, width), np.int64), np.zeros((count, width), np.int64)
+        shape[:, -1:], strides[:, -1:] = num_bytes[:, None], 1
+        nowhere, byte = np.full(count, -1, np.int32), np.full(count, dtype_code("uint8"), np.uint8)
+        first = np.zeros(count, np.int64)
+        lent = CopyTable(
+            segment.astype(np.int32), begin, strides, nowhere, first, strides, shape, byte, byte
+        )
+        return CopyTable(
+            *(np.concatenate((getattr(copies, f.name), getattr(lent, f.name))) for f in fields(CopyTable))
+        )
 
 
 @dataclass(frozen=True)

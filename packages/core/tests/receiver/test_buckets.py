@@ -31,7 +31,7 @@ def plan_of(mode: RingMode) -> TransferPlan:
         route="direct", transport="memory", why="", segments=(), segment_holder=none.astype(np.int32),
         fill=table_of([]), fill_starts=none, apply=table_of(ROWS), apply_starts=np.array([0, 2, 4]),
         bucket_owner=none.astype(np.int32), bucket_bytes=none, opaque=none.astype(np.int32), num_targets=1,
-        num_bytes=768, ring=Ring(mode, 0, 0, ""), lent=np.zeros((0, 3), np.int64), key="",
+        num_bytes=768, ring=Ring(mode, 0, 0, ""), lent=np.zeros((0, 4), np.int64), key="",
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def plan_of(segment: HostSegment, key: str = "plan") -> TransferPlan:
     return TransferPlan(
         "direct", "memory", "why", (segment.descriptor,), first, CopyTable.empty(), np.zeros(2, np.int64),
         table_of([row]), np.array([0, 1]), first, none, none.astype(np.int32), 1, SIZE, Ring("none", 0, 0, ""),
-        np.zeros((0, 3), np.int64), key,
+        np.zeros((0, 4), np.int64), key,
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ class Body:
     ring: Ring
     segments: I64
     num_bytes: int
-    lent: I64 = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    lent: I64 = field(default_factory=lambda: np.zeros((0, 4), np.int64))
 
     @cached_property
     def key(self) -> str:
@@ -207,7 +207,9 @@ def direct_body(served: Served, recipe: LoadRecipe, bucket_bytes: int) -> Body:
     copies, starts, sums = split_by_bytes(copies, DIRECT_BUCKETS * bucket_bytes)
     segments, local = compacted(np.concatenate((copies.src_block, served.src.block[lent])))
     local, lent_segment = local[: len(copies)], local[len(copies) :]
-    places = (served.dst.block[lent] - len(recipe.targets), lent_segment, served.src.base[lent])
+    position = served.dst.block[lent] - len(recipe.targets)
+    num_bytes = recipe.sources.num_bytes[recipe.opaque[position]]
+    places = (position, lent_segment, served.src.base[lent], num_bytes)
     owners = np.full(len(sums), -1, np.int32)
     ring = Ring("none", 0, 0, "copies go straight into live tensors")
     return Body(

@@ -98,8 +98,7 @@ class Router:
         limit = self._settings.bucket_bytes
         recipe = receiver.recipe
         body = self._once(("mapped", recipe.key, view.key), lambda: direct_body(served, recipe, limit))
-        lent_bytes = int(recipe.sources.num_bytes[recipe.opaque[body.lent[:, 0]]].sum())
-        owned_bytes = self._needed(receiver).opaque_bytes - lent_bytes
+        owned_bytes = self._needed(receiver).opaque_bytes - int(body.lent[:, 3].sum())
         check_reserved(owned_bytes, receiver.budget_bytes, receiver.name)
         if any(view.segments[i].kind == "host" for i in body.segments.tolist()):
             room = max(receiver.budget_bytes - owned_bytes, receiver.reserved_bytes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from headrace.manifest import Manifest, SegmentDescriptor
-from headrace.plan import MAPPED_MODES, CopyTable, UpdatePlan
+from headrace.plan import CopyTable, UpdatePlan
 from headrace.planner.join import all_dims, reaches
 from headrace.types import I32, I64, ITEMSIZES
 
@@ -26,12 +26,11 @@ def planned_rows(plan: UpdatePlan, manifests: Sequence[Manifest]) -> list[I64]:
 
 def _sources(plan: UpdatePlan) -> list[tuple[tuple[SegmentDescriptor, ...], I32, CopyTable]]:
     """Return every table whose sources are segments of holders."""
-    found = []
-    for transfer in plan.receivers:
-        through_ring = transfer.ring.mode not in MAPPED_MODES
-        table = transfer.fill if through_ring else transfer.apply
-        if transfer.route != "broadcast":
-            found.append((transfer.segments, transfer.segment_holder, table))
+    found = [
+        (transfer.segments, transfer.segment_holder, transfer.reads)
+        for transfer in plan.receivers
+        if transfer.route != "broadcast"
+    ]
     if plan.broadcast is not None:
         found.append((plan.broadcast.segments, plan.broadcast.segment_holder, plan.broadcast.fill))
     return found

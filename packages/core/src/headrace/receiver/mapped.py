@@ -74,9 +74,9 @@ class MappedMemory:
             holder = holders[int(plan.segment_holder[number])]
             sources[number] = self._unpinned(plan.segments[number], holder, deadline_s)
         with torch.inference_mode():
-            for position, number, begin in plan.lent.tolist():
+            for position, number, begin, num_bytes in plan.lent.tolist():
                 meta = recipe.sources[int(plan.opaque[position])]
-                part = sources[number][begin : begin + meta.num_bytes]
+                part = sources[number][begin : begin + num_bytes]
                 found[meta.name] = part.view(getattr(torch, meta.dtype)).view(meta.shape)
         return found
 

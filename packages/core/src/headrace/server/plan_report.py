@@ -126,7 +126,7 @@ def _planned(
 def _bytes_by_holder(plan: TransferPlan, broadcast: BroadcastPlan | None) -> dict[int, int]:
     """Return how many bytes each holder gives: its segments' copies, or the buckets it owns in a broadcast."""
     owners: I32 = plan.segment_holder
-    copies = plan.fill if len(plan.fill) else plan.apply
+    copies = plan.reads
     if plan.route == "broadcast" and broadcast is not None:
         owners, copies = broadcast.segment_holder, broadcast.fill
     if not len(copies):
