@@ -20,6 +20,7 @@ from headrace.receiver.hold import EXIT_CODE
 from headrace.server import commit
 from headrace.testing.bare_engine import served_version, weights_state
 from headrace.testing.faults import Fault
+from headrace.testing.leaks import _is_alive, descendants
 
 pytestmark = pytest.mark.timeout(120)
 UPDATER = Path(__file__).with_name("held_updater.py")
@@ -119,13 +120,18 @@ def test_a_hold_that_drops_caches_is_refused() -> None:
 
 
 def kill_at(world: World, place: str, folder: Path) -> None:
-    """Start an update to seed 2 by another process and SIGKILL it where it stops."""
+    """Start an update to seed 2 by another process and SIGKILL it where it stops; its holder leaves then."""
     with EngineDoor(world.control, folder) as door:
         command = [sys.executable, str(UPDATER), str(world.checkpoint(2)), door.path, place]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as updater:
             assert updater.stdout is not None
             assert updater.stdout.readline() == "here\n"
+            left = descendants(updater.pid)
             updater.kill()
+    limit = time.monotonic() + 60
+    while any(map(_is_alive, left)):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 def settled(world: World, seed: int, served: list[int]) -> None:
