@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,18 +13,19 @@ pytest.importorskip("deepspeed", reason="the session `trainers` of nox installs 
 
 import torch
 from deepspeed_layouts import LAYOUTS, make
-from trainer_world import batch, compare, join
+from trainer_world import batch, compare, count_collectives, join
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
 from headrace_trainers import deepspeed as hooks
 
 STEPS = 2
+SKIPPED = "a skipped step"
 
 
 def train(rank: int, world_size: int, port: int, url: str, folder: Path, names: list[str]) -> dict[str, list[str]]:
     join(rank, world_size, port)
-    return {name: train_one(rank, url, folder, name) for name in names}
+    return {name: train_one(rank, url, folder, name) for name in names} | {SKIPPED: skip_one(rank, url, folder)}
 
 
 def train_one(rank: int, url: str, folder: Path, name: str) -> list[str]:
@@ -34,6 +36,7 @@ def train_one(rank: int, url: str, folder: Path, name: str) -> list[str]:
     with hooks.attach(
         trainer.model, to=f"torch={url}", mode="wait", on_error="raise", report=reports.append
     ) as hook:
+        count_collectives(hook, found)
         for step in range(1, STEPS + 1):
             trainer.step(batch(step, rank))
             whole = trainer.whole()
@@ -43,6 +46,22 @@ def train_one(rank: int, url: str, folder: Path, name: str) -> list[str]:
     if rank == 0 and [report.step for report in reports] != [1, 2]:
         found.append(f"reports of {[report.step for report in reports]}")
     return found
+
+
+def skip_one(rank: int, url: str, folder: Path) -> list[str]:
+    """Take a step whose gradients overflow, between two others; DeepSpeed does not apply it."""
+    trainer, reports = make(folder, **LAYOUTS["zero1"]), []
+    choices: dict[str, Any] = {"to": f"torch={url}", "mode": "wait", "on_error": "raise", "report": reports.append}
+    with hooks.attach(trainer.model, **choices) as hook:
+        for step, factor in enumerate((1.0, float("inf"), 1.0)):
+            tokens = batch(step, rank)
+            trainer.model.backward(trainer.model(input_ids=tokens, labels=tokens).loss * factor)
+            trainer.model.step()
+            assert trainer.model.was_step_applied() == (factor == 1.0)
+            assert hook.step == (1, 1, 2)[step]
+        whole = trainer.whole()
+    found = compare(url, whole, torch.bfloat16, torch.float32) if rank == 0 else []
+    return found if rank or [report.step for report in reports] == [1, 2] else [*found, f"reports: {reports}"]
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +74,8 @@ def on_three_ranks(folder: Path) -> Iterator[dict[str, list[str]]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_parameter_after_every_step(on_three_ranks: dict[str, list[str]], name: str) -> None:
     assert on_three_ranks[name] == []
+
+
+@pytest.mark.timeout(400)
+def test_a_step_that_overflows_is_not_published(on_three_ranks: dict[str, list[str]]) -> None:
+    assert on_three_ranks[SKIPPED] == []

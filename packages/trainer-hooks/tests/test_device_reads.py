@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from torch import nn
 
 from headrace.errors import HeadraceError, StepMissedError, TransferTimeoutError
 from headrace.geometry import Box
+from headrace.protocols import WeightSource
 from headrace.store import live
 from headrace.store.live import LiveStore
+from headrace.testing.source_suite import SteppedSourceTests
 from headrace_trainers import source as sources
 from headrace_trainers.device_reads import SCRATCH_BYTES
 from headrace_trainers.fence import StepFence
 from headrace_trainers.shards import shards_of
-from headrace_trainers.shards.tensors import meta_of
+from headrace_trainers.shards.tensors import flat_pieces, meta_of
 from headrace_trainers.source import Piece, Shards
 
 SIZE = 96
@@ -82,6 +85,32 @@ def world(caplog: pytest.LogCaptureFixture) -> Iterator[World]:
     made = World()
     yield made
     made.store.close()
+
+
+class TestConformance(SteppedSourceTests):
+    """Two ranks with half of every parameter's flat order each, cast on the way."""
+
+    def advance(self, source: WeightSource, change: Callable[[], None]) -> None:
+        assert isinstance(source, EmulatedGpuSource)
+        source._fence.begin_write(30)
+        change()
+        source.mark_written()
+        source._fence.end_write()
+
+    def make_sources(self, folder: Path) -> tuple[Sequence[WeightSource], Mapping[str, torch.Tensor]]:
+        tensors = {"a": torch.randn(7, 5, 3), "b": torch.randn(13), "c": torch.randn(11, 3)}
+        metas = tuple(meta_of(name, tensor) for name, tensor in tensors.items())
+        sources = []
+        for rank in range(2):
+            pieces: list[Piece] = []
+            for name, tensor in tensors.items():
+                half = -(-tensor.numel() // 2)
+                first, last = rank * half, min((rank + 1) * half, tensor.numel())
+                shard = tensor.flatten()[first:last].clone()
+                pieces += flat_pieces(name, tuple(tensor.shape), first, last, lambda shard=shard: shard)
+            shards = Shards(metas, tuple(pieces))
+            sources.append(EmulatedGpuSource(shards, StepFence(), dtype="bfloat16").start())
+        return sources, {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
 def until(condition: object) -> None:

@@ -16,9 +16,8 @@ pytest.importorskip("transformers", reason="trainers and the embedded engine nee
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _world
 from torch_layouts import LAYOUTS
-from trainer_world import ODD, Trainer, Witness, batch, compare, join
+from trainer_world import ODD, Trainer, Witness, batch, collectives, compare, join
 
 from headrace.errors import UpdateFailedError
 from headrace.testing.engine_process import EngineProcess, Stream, differences, free_port
@@ -70,26 +69,22 @@ def every_third_in_bfloat16(rank: int, url: str, trainer: Trainer) -> None:
         assert {"headrace/version", "headrace/stall_s", "headrace/total_s", "headrace/held_s"} <= metrics.keys()
 
 
-def _collectives() -> dict[str, int]:
-    return {name: group._get_sequence_number_for_group() for group, name in _world.pg_names.items()}
-
-
 def without_collectives(rank: int, url: str, trainer: Trainer) -> None:
     """Every process group counts its collectives: a step with an update has as many as one without."""
 
     def step_takes(step: int) -> dict[str, int]:
-        before = _collectives()
+        before = collectives()
         trainer.step(batch(step, rank))
-        return {name: count - before[name] for name, count in _collectives().items()}
+        return {name: count - before[name] for name, count in collectives().items()}
 
     trainer.step(batch(0, rank))
     usual = step_takes(1)
     assert any(usual.values())
     with fsdp.attach(trainer.model, trainer.optimizer, to=f"torch={url}", mode="wait", on_error="raise") as hook:
         assert step_takes(2) == step_takes(3) == usual
-        before = _collectives()
+        before = collectives()
         hook.flush()
-        assert _collectives() == before
+        assert collectives() == before
 
 
 def one_engine_down(rank: int, url: str, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Every trainer of torch itself into a real engine: after each step, every live tensor is the trainer's own."""
+"""Every trainer of torch itself into a real engine: each step, every live tensor is the trainer's; no collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="trainers and the embedded engine nee
 
 import torch
 from torch_layouts import LAYOUTS
-from trainer_world import batch, compare, join
+from trainer_world import batch, compare, count_collectives, join
 
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
@@ -36,6 +36,7 @@ def train_one(rank: int, url: str, folder: Path, name: str) -> list[str]:
     with fsdp.attach(
         trainer.model, trainer.optimizer, to=f"torch={url}", mode="wait", on_error="raise", report=reports.append
     ) as hook:
+        count_collectives(hook, found)
         for step in range(1, STEPS + 1):
             trainer.step(batch(step, data_rank))
             whole = trainer.whole()

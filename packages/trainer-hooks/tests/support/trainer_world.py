@@ -13,12 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _world
 from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
 from torch.distributed.tensor import DTensor
 
 from headrace.embedded.control import TorchControl
 from headrace.testing.engine_process import differences, fingerprints
 from headrace.testing.tiny_model import TinySize
+from headrace_trainers.hook import Hook
 from headrace_trainers.shards import clean_name
 
 ODD = TinySize(hidden=50, intermediate=78, num_heads=4, num_kv_heads=2, head_dim=10)
@@ -111,6 +113,24 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def compare(url: str, whole: Mapping[str, torch.Tensor], published: torch.dtype, live: torch.dtype) -> list[str]:
     """Return which of an engine's live tensors are not the trainer's weights after the casts."""
     return differences(fingerprints(url), {name: t.detach().to(published).to(live) for name, t in whole.items()})
+
+
+def collectives() -> dict[str, int]:
+    """Return how many collectives every process group has had."""
+    return {name: group._get_sequence_number_for_group() for group, name in _world.pg_names.items()}
+
+
+def count_collectives(hook: Hook, found: list[str]) -> None:
+    """Note in `found` if a hook has a collective of its own after a step; in `wait`, that is the whole update."""
+    inner = hook.after_step
+
+    def after_step(**options: bool) -> None:
+        before = collectives()
+        inner(**options)
+        if collectives() != before:
+            found.append(f"collectives of an update: {before} became {collectives()}")
+
+    hook.after_step = after_step  # type: ignore[method-assign]
 
 
 class Witness(TorchControl):
