@@ -30,6 +30,7 @@ def memfds(name: str, pid: int | str = "self") -> int:
             links.append(str(fd.readlink()))
         except OSError:
             continue
+    links += Path(f"/proc/{pid}/maps").read_text().splitlines()
     return sum(name in link for link in links)
 
 

@@ -17,7 +17,7 @@ class Snapshot:
     """What some processes hold, counted by process id.
 
     Attributes:
-        memfds: Open file descriptors of Headrace's segments.
+        memfds: Open file descriptors and mappings of Headrace's segments.
         mappings: Bytes of Headrace's segments that are mapped.
         files: All open file descriptors.
         threads: Threads.
@@ -57,7 +57,7 @@ def snapshot(pids: Iterable[int] | None = None, *, socket_dir: Path | None = Non
     chosen = {os.getpid(), *(descendants() if pids is None else pids)}
     alive = [pid for pid in sorted(chosen) if _is_alive(pid)]
     return Snapshot(
-        memfds={pid: sum(_MARK in target for target in _targets(pid)) for pid in alive},
+        memfds={pid: sum(_MARK in one for one in _targets(pid)) + len(_maps(pid)) for pid in alive},
         mappings={pid: _mapped_bytes(pid) for pid in alive},
         files={pid: len(_targets(pid)) for pid in alive},
         threads={pid: len(_entries(Path(f"/proc/{pid}/task"))) for pid in alive},
@@ -141,13 +141,18 @@ def _targets(pid: int) -> list[str]:
     return found
 
 
+def _maps(pid: int) -> list[str]:
+    """Return the lines of segments in a process's table of mappings."""
+    with suppress(OSError):
+        return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if _MARK in line]
+    return []
+
+
 def _mapped_bytes(pid: int) -> int:
     total = 0
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            if _MARK in line:
-                begin, end = line.split()[0].split("-")
-                total += int(end, 16) - int(begin, 16)
+    for line in _maps(pid):
+        begin, end = line.split()[0].split("-")
+        total += int(end, 16) - int(begin, 16)
     return total
 
 
