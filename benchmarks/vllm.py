@@ -169,7 +169,11 @@ def throughput(folder: Path, paths: list[Path]) -> Section:
             client.join(60)
     window = (begin, marks["commit"])
     rate, gb = _rate(samples, *window), report.live_bytes / 1e9
-    phases = ", ".join(f"{what} {_rate(samples, at, end):.0f}" for what, at, end in _phases(marks))
+    phases = ", ".join(
+        f"{what} {_rate(samples, at, end):.0f} for {end - at:.1f} s"
+        for what, at, end in _phases(marks)
+        if end - at > 0.5
+    )
     row = (
         f"{gb:.1f}",
         f"{window[1] - window[0]:.1f}",
@@ -179,7 +183,7 @@ def throughput(folder: Path, paths: list[Path]) -> Section:
         f"{report.stall_s * 1e3:.0f}",
     )
     notes = (
-        f"Tokens per second in each phase: {phases}. To reach: a loss of at most 35 % on two cores.",
+        f"Tokens per second in each phase longer than 0.5 s: {phases}. To reach: a loss of at most 35 % on two cores.",
         f"The stall: {_steps(pause_of(report))}.",
     )
     columns = ("GB", "window s", "tokens/s before", "tokens/s in the window", "loss", "stall ms")

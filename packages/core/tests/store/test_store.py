@@ -240,6 +240,24 @@ def test_a_reader_that_hangs_ends_at_the_deadline_and_its_memory_is_not_reused()
         check_version(store, source, 1)
 
 
+def test_readers_give_way_to_whoever_serves() -> None:
+    """Their priority is lower than that of the thread that publishes, which keeps its own."""
+
+    source, seen = pattern_source(), set()
+    read = source.read
+
+    def watched(region: SourceRegion, out: memoryview) -> None:
+        seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        read(region, out)
+
+    source.read = watched  # type: ignore[method-assign]
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    with Store(source, "holder") as store:
+        store.publish(1)
+    assert seen == {min(own + 10, 19)}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+
+
 def test_only_one_publishes_at_a_time() -> None:
     source = pattern_source()
     source.wait_at = "w0"

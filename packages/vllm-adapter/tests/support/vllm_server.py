@@ -25,8 +25,10 @@ SUPPORT = Path(__file__).parent
 SERVER = "vllm.entrypoints.openai.api_server"
 TRANSFER = '{"backend":"headrace"}'
 INSTALLED = tuple(int(part) for part in find_version().split(".")[:2])
-REPORTS_VERSIONS = INSTALLED >= (0, 32)
-"""Whether this vLLM tells which weights each token is of."""
+REPORTS_VERSIONS = INSTALLED >= (0, 30)
+"""Whether this vLLM is known to tell the version that it serves; from 0.32 on, that of each token too."""
+NEEDS_SCALE_OUT = INSTALLED >= (0, 30)
+"""Whether answers to token ids have to be asked for when the server starts."""
 SMALL = (
     "--enforce-eager",
     "--kv-cache-memory-bytes",
@@ -71,7 +73,7 @@ class VllmServer(ServerProcess):
         launched = [str(SUPPORT / "unpacked_server.py")] if unpacked and extension else ["-m", SERVER]
         command = [sys.executable, *launched, "--model", str(model)]
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), *SMALL]
-        command += [*(("--enable-scale-out",) if REPORTS_VERSIONS else ()), *doors, *options]
+        command += [*(("--enable-scale-out",) if NEEDS_SCALE_OUT else ()), *doors, *options]
         path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
         variables = QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
         super().__init__(command, port, environment=os.environ | variables, log=log, own_group=True)

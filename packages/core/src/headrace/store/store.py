@@ -27,11 +27,22 @@ from headrace.types import ParamTable
 _log = logging.getLogger(__name__)
 _MAX_THREADS = 8
 _TICK_S = 0.1
+_READERS_NICE = 10
 Progress = Callable[[int, int], None]
 
 
 def _silent(_done_bytes: int, _total_bytes: int) -> None:
     pass
+
+
+def _give_way() -> None:
+    """Lower this thread's priority for good: an engine or trainer that needs a core goes before readers.
+
+    On Linux a niceness is a thread's own. At equal priority four readers on two cores left a serving engine that
+    computes in one thread 40 % of a core.
+    """
+    me = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, me, os.getpriority(os.PRIO_PROCESS, me) + _READERS_NICE)
 
 
 @runtime_checkable
@@ -325,7 +336,7 @@ class _Reading:
         self._futures: list[Future[None]] = []
 
     def run(self, num_threads: int, progress: Progress | None, end: float) -> None:
-        """Read everything; on the first failure the others stop after the region they are at."""
+        """Read everything, at low priority; on the first failure the others stop after the region they are at."""
         tasks = self._target.layout.tasks(cut=getattr(self._source, "reads_parts", False))
         with PagesAhead([segment.tensor for segment in self._target.segments]) as self._memory:
             self._run(tasks, num_threads, progress, end)
@@ -333,7 +344,7 @@ class _Reading:
     def _run(
         self, tasks: Iterable[list[Slot]], num_threads: int, progress: Progress | None, end: float
     ) -> None:
-        pool = ThreadPoolExecutor(num_threads, "headrace-read")
+        pool = ThreadPoolExecutor(num_threads, "headrace-read", initializer=_give_way)
         try:
             self._futures = [pool.submit(self._read, task) for task in tasks]
             self._wait(progress, end)
