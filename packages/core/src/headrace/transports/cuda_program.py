@@ -29,9 +29,6 @@ LONG_BYTES = 16 << 20
 """From here on a run is a call of its own: 53.6 GB/s at 64 MiB, in a batch 51.7."""
 PIECE_UNITS = 1024
 """Units per program of the kernel. Device to device, GB/s at 1024, 2048, 4096, 8192: 1425, 1317, 1319, 499."""
-FAR_PROGRAMS = 264
-"""Programs of a kernel that reads another GPU: two per multiprocessor keep NVLink busy and leave room for the kernel
-that reads the own memory, which else would wait behind it."""
 _BATCH = 1024
 _POLL_S = 20e-6
 _CAST = 1 << 16
@@ -57,9 +54,8 @@ class CudaProgram:
     (host memory that is not page-locked, rare casts and shapes) is left to torch.
 
     Ordering: `run` is ordered after what the current stream has been given, and before what it is given afterwards:
-    the streams of the copy engines and of the kernel that reads other GPUs wait for an event of the current stream,
-    and that one waits for them in the end. Within a run destinations do not overlap, so the order of its copies does
-    not matter.
+    the copy engines' stream waits for an event of the current stream, and that one waits for it in the end. Within a
+    run destinations do not overlap, so the order of its copies does not matter.
 
     Args:
         copies: What to copy; destinations must not overlap.
@@ -121,14 +117,10 @@ class CudaProgram:
         self._batch = whole.take(batched)
         self._rectangles = _rectangles(whole.take(~batched))
         with torch.cuda.device(self._device), torch.inference_mode():
-            peers = np.isin(copies.src_block, tuple(self._peers))
-            near, distant = ~engine & ~peers, ~engine & peers
-            self._kernels = self._launches(blocks.take(near), kind[near])
+            self._kernels = self._launches(blocks.take(~engine), kind[~engine])
             self._kernels += self._launches(crossing, crossing.unit[:, 0])
-            self._far_kernels = self._launches(blocks.take(distant), kind[distant])
             self._engine = blocks.take(engine)
             self._stream = _new_stream(self._device) if len(whole) else None
-            self._far_stream = _new_stream(self._device) if self._far_kernels else None
 
     def _launches(self, blocks: Blocks, kind: I64) -> list[_Launch]:
         """Group blocks by unit types and dims, and put each group's table on the device."""
@@ -148,8 +140,7 @@ class CudaProgram:
     @property
     def table_bytes(self) -> int:
         """Device memory that the tables take."""
-        kernels = (*self._kernels, *self._far_kernels)
-        return sum(one.table.nbytes + one.tile_block.nbytes for one in kernels)
+        return sum(one.table.nbytes + one.tile_block.nbytes for one in self._kernels)
 
     def run(self) -> None:
         """Enqueue everything once on the current stream; returns before it is done."""
@@ -158,18 +149,11 @@ class CudaProgram:
             if self._stream is not None:
                 self._stream.wait_stream(current)
             # Kernels first: the GPU is at work on them while the copy engines are given their pieces one by one.
-            if self._far_stream is not None:
-                self._far_stream.wait_stream(current)
-                with torch.cuda.stream(self._far_stream):
-                    for launch in self._far_kernels:
-                        _copy(launch, FAR_PROGRAMS)
             for launch in self._kernels:
                 _copy(launch)
             if self._stream is not None:
                 self._run_engines(self._stream.cuda_stream)
                 current.wait_stream(self._stream)
-            if self._far_stream is not None:
-                current.wait_stream(self._far_stream)
             self._others.run()
 
     def _run_engines(self, stream: int) -> None:
@@ -198,7 +182,7 @@ class CudaProgram:
         """Return the rows whose destination does not have the bits that `run` writes, in ascending order. Blocking."""
         with torch.cuda.device(self._device), torch.inference_mode():
             different = torch.zeros(self._num_rows, dtype=torch.int32, device=self._device)
-            for launch in (*self._kernels, *self._far_kernels, *self._launches(self._engine, self._engine.unit[:, 0])):
+            for launch in (*self._kernels, *self._launches(self._engine, self._engine.unit[:, 0])):
                 _compare(launch, different)
             found = different.nonzero().flatten().tolist()
         return sorted(found + self._others_rows[self._others.differences()].tolist())
@@ -246,17 +230,15 @@ def _table(blocks: Blocks) -> tuple[I64, I32]:
     return table, np.repeat(np.arange(len(blocks), dtype=np.int32), tiles)
 
 
-def _copy(launch: _Launch, most_programs: int | None = None) -> None:
+def _copy(launch: _Launch) -> None:
     import triton.language as tl  # noqa: PLC0415 - only machines with a GPU have it
 
     from headrace.transports import cuda_kernels  # noqa: PLC0415
 
     source, destination = (getattr(tl, name) for name in launch.types)
-    tiles = len(launch.tile_block)
-    cuda_kernels.copy_blocks[(min(tiles, most_programs or tiles),)](
+    cuda_kernels.copy_blocks[(len(launch.tile_block),)](
         launch.table,
         launch.tile_block,
-        tiles,
         SOURCE=source,
         DESTINATION=destination,
         BLOCK=PIECE_UNITS,
