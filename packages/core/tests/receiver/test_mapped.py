@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from headrace.config import host_settings
+from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress
 from headrace.plan import CopyTable, Ring, TransferPlan
 from headrace.receiver.blocks import StagingArea
 from headrace.receiver.mapped import MappedMemory
+from headrace.recipe import FillTable, LoadRecipe
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
 from headrace.testing.copies import CopyRow, table_of
-from headrace.types import I32
+from headrace.types import I32, ParamMeta, ParamTable
 
 SIZE = 64
 DEADLINE_S = 5.0
@@ -104,3 +106,21 @@ def test_what_is_staged_in_reserved_memory_stays_bound_and_else_does_not(lender:
         first[0].live.run()
         assert torch.equal(live, segment.tensor.view(-1, 2, 8)[:, 0].flatten())
         memory.close()
+
+
+def test_what_the_loader_reads_in_place_is_the_holders_memory(lender: Lender) -> None:
+    memory, meta = MappedMemory(StagingArea()), ParamMeta("w", "float32", (4, 4))
+    segment, holder = HostSegment(2 * SIZE, "one"), HolderAddress("h", lender.unix_socket)
+    lender.lend(segment)
+    table = ParamTable([meta])
+    none = np.zeros(0, np.int32)
+    recipe = LoadRecipe(
+        table, table, RegionTable.from_rows([], 2), FillTable.empty(), np.zeros(1, np.int32), none, {},
+        only_read=np.zeros(1, np.int32),
+    )  # fmt: skip
+    plan = replace(plan_of(segment), opaque=recipe.opaque, lent=np.array([[0, 0, 32, 64]]))
+    memory.open(plan, [holder], DEADLINE_S, pin=False)
+    found = memory.lent(plan, recipe, [holder], DEADLINE_S)["w"]
+    memory.close()
+    segment.tensor.view(torch.float32)[8:24] = torch.arange(16.0)
+    assert torch.equal(found, torch.arange(16.0).view(4, 4))
