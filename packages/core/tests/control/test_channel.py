@@ -323,6 +323,25 @@ def test_a_closed_peer_is_lost_after_its_last_message(hub: Hub, token: str, dial
         assert event.peer == peer
 
 
+def test_last_words_are_heard_before_a_failed_send_tells_of_the_loss(
+    hub: Hub, token: str, dial: Dial
+) -> None:
+    dialer = dial()
+    peer = enter(hub, dialer, token)
+    busy, gone = threading.Event(), threading.Event()
+    hub._submit(lambda: (busy.set(), gone.wait(10)))
+    assert busy.wait(5)
+    dialer.send(Staged())
+    dialer.close(linger_s=2.0)
+    time.sleep(0.3)
+    hub.send(peer, Staged())
+    gone.set()
+    first, second = hub.receive(5), hub.receive(5)
+    assert isinstance(first, Received)
+    assert isinstance(first.message, Staged)
+    assert isinstance(second, Lost)
+
+
 def test_a_killed_peer_is_lost_at_once(hub: Hub, spawn: Spawn) -> None:
     process = spawn("echo")
     assert isinstance(hub.receive(20), Received)

@@ -78,9 +78,11 @@ class Router:
                 self.send(identity, HEARTBEAT_FRAMES)
 
     def send(self, identity: bytes, frames: list[bytes]) -> None:
-        """Send to an admitted peer; nothing happens where it is gone."""
+        """Send to an admitted peer; nothing happens where it is gone, but its last words are taken."""
         if identity in self._peers and not self._send(identity, frames):
-            self.lose(identity, "it cannot be reached any more")
+            self.pump()
+            if identity in self._peers:
+                self.lose(identity, "it cannot be reached any more")
 
     def lose(self, identity: bytes, reason: str) -> None:
         """Forget a peer and tell the hub's user."""
