@@ -126,7 +126,7 @@ def _huge_pages() -> Iterator[Check]:
         with HostSegment(HUGE_PAGE, "headrace-doctor") as segment:
             make_pages(segment.tensor)
             huge = has_huge_pages(segment.tensor)
-    except CapacityError as error:
+    except (CapacityError, OSError) as error:
         yield Check("host", "huge pages", "missing", str(error))
         return
     if huge:
