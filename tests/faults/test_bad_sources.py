@@ -216,9 +216,13 @@ def test_the_world_has_all_parameters() -> None:
 
 
 def test_a_loader_that_needs_whole_tensors_needs_memory(make_world: MakeWorld) -> None:
-    """After a dummy start the first update is staged whole: a budget below that is refused before the pause."""
+    """After a dummy start the first update over a network is staged whole: a budget below is refused before the pause.
+
+    On the same host the loader reads the holder's memory, and no budget is too small.
+    """
     world = make_world(loaded_seed=None)
-    error = world.fails(world.trainer(2), budget_bytes=1000)
+    error = world.fails(world.trainer(2), route="direct", transport="tcp", budget_bytes=1000)
     assert isinstance(error, CapacityError)
     assert world.engine.pauses == 0
+    world.update(world.trainer(2), 2, budget_bytes=0)
     world.heals()
