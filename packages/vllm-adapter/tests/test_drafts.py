@@ -59,12 +59,14 @@ def test_layers_for_prediction_change_where_the_source_has_them(
     """The last source has none, as trainers' have none: they stay, and the answers are right all the same."""
     made = {name: FAMILIES["deepseek-v3"].make(tmp_path, seed) for name, seed in (("a", 1), ("b", 2))}
     full = {name: add_guesser(folder, seed) for seed, (name, folder) in enumerate(made.items())}
-    draft = {"method": "mtp", "num_speculative_tokens": 1}
+    engine = FAMILIES["deepseek-v3"].engine
+    draft = {"method": "mtp", "num_speculative_tokens": 1, **engine}
     results = run_offline(
         [full["a"], full["b"], full["a"], full["b"], made["a"]],
         unpacked=True,
         load_format=load_format,
         speculative_config=draft,
+        **engine,
     )
     check_answers(results[1:], made, "baba")
     _, at_b, at_a, again, without = guesses(results)

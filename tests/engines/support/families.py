@@ -18,6 +18,9 @@ _COMMON = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+_HAS_AMX = "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+_MLA_ENGINE = {"attention_backend": "CPU_MLA"} if _HAS_AMX else {}
+"""vLLM takes its attention for AMX wherever a CPU has it, also in float32, which that one does not know."""
 _UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 _MLA = {
     **_COMMON,
@@ -103,6 +106,7 @@ FAMILIES = {
             packed=False,
             rewritten=True,
             sglang=False,
+            engine=_MLA_ENGINE,
         ),
         Family(
             "deepseek-v3",
@@ -118,6 +122,7 @@ FAMILIES = {
             packed=False,
             rewritten=True,
             sglang=False,
+            engine=_MLA_ENGINE,
         ),
         Family(
             "gpt-oss",
