@@ -33,7 +33,7 @@ DENSE = TinySize(num_layers=24, hidden=1024, intermediate=4096, num_heads=16, nu
 MOE = TinySize(
     num_layers=24, hidden=512, intermediate=160, num_heads=8, num_kv_heads=4, head_dim=64, num_experts=64
 )
-BIG = TinySize(num_layers=24, hidden=2048, intermediate=8192, num_heads=32, num_kv_heads=8, head_dim=64)
+BIG = TinySize(num_layers=32, hidden=2048, intermediate=8192, num_heads=32, num_kv_heads=8, head_dim=64)
 MAKERS = {
     "dense": (make_tiny_qwen3, DENSE),
     "mixture": (make_tiny_qwen3_moe, MOE),
