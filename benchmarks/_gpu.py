@@ -254,8 +254,7 @@ def broadcast(backend: InferenceBackend, _receiver: object, port: int) -> float:
 
 def device_used(_backend: InferenceBackend, _receiver: object) -> int:
     """Return what the whole device has in use, by all processes."""
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    return _used_bytes(torch.cuda.current_device())
 
 
 def device_to_device(_backend: InferenceBackend, _receiver: object) -> float:
@@ -299,8 +298,8 @@ class MemoryWatch:
         self._thread.join(5.0)
 
 
-def _used_bytes() -> int:
-    free, total = torch.cuda.mem_get_info(0)
+def _used_bytes(gpu: int = 0) -> int:
+    free, total = torch.cuda.mem_get_info(gpu)
     return total - free
 
 

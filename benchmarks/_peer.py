@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import threading
 import time
 import traceback
@@ -23,6 +22,8 @@ import torch
 
 from benchmarks import _gpu
 from benchmarks._models import Model
+from headrace.segments.cuda import uuid_of
+from headrace.testing.engine_process import free_port
 from headrace.testing.recipe_backend import RecipeBackend
 from headrace.types import ITEMSIZES
 
@@ -50,7 +51,7 @@ class Peer:
         context = multiprocessing.get_context("spawn")
         self._ends: list[Connection] = []
         self._processes = []
-        port = _free_port()
+        port = free_port()
         for rank in range(world_size):
             here, there = context.Pipe()
             told = (rank, world_size, model, version, port, bucket_gb)
@@ -109,7 +110,7 @@ def take_buckets(backend: RecipeBackend, _receiver: object, handles: Handles) ->
     from checkpoint_engine.worker import update_weights_from_ipc  # noqa: PLC0415 - an extra
 
     device = torch.cuda.current_device()
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    uuid = f"GPU-{uuid_of(device)}"
     context, places = zmq.Context(), _places(backend)
 
     def load(weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -136,12 +137,6 @@ def _places(backend: RecipeBackend) -> dict[str, list[tuple[tuple[slice, ...], t
         target = live[block].as_strided(shape, strides, int(regions.base[row]) // int(items[block]))
         found[meta.name].append((box, target))
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(

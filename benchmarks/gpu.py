@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
 from headrace.store.device import DeviceSource
 from headrace.testing.bare_engine import BareEngine
+from headrace.testing.engine_process import free_port
 from headrace.testing.holding_crew import HoldingCrew
 from headrace.testing.shapes import QWEN3_8B, QWEN3_30B_A3B
 
@@ -201,9 +201,7 @@ def measure_colocated(model: Model, repeats: int) -> tuple[str, ...]:
         for version in range(WARM_UPS + repeats):
             _gpu.write_shards(source.shards, pools, version)
             reports.append(server.update(engine.control, route="direct", verify="none"))
-        wrong = engine.call_all(_gpu.wrong_tensors, WARM_UPS + repeats - 1)
-    if any(wrong):
-        raise SystemExit(f"{model.name}: workers hold wrong bytes: {[names[:3] for names in wrong]}")
+        _check(model, engine, WARM_UPS + repeats - 1)
     kept = reports[WARM_UPS:]
     copies, each = Spread.of([one.commit_s for one in kept]), max(w.live_bytes for w in kept[0].workers)
     far = max(_gpu.bytes_of_peers(model, 2, rank) for rank in range(2))
@@ -231,8 +229,6 @@ def measure_broadcast(model: Model, repeats: int, budget_bytes: int) -> tuple[st
         SystemExit: A worker does not hold the source's bytes.
     """
     version = multiprocessing.get_context("spawn").Value("q", 0)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     with (
         tempfile.TemporaryDirectory() as cache,
         BareEngine(_gpu.gpu_worker, 2, model, environment={"HEADRACE_RECIPE_CACHE": cache}) as engine,
@@ -240,7 +236,7 @@ def measure_broadcast(model: Model, repeats: int, budget_bytes: int) -> tuple[st
         ParameterServer(source=crew.source, launch=crew) as server,
     ):
         links = sum(engine.call_all(_gpu.host_to_device))
-        nccl = min(engine.call_all(_gpu.broadcast, port))
+        nccl = min(engine.call_all(_gpu.broadcast, free_port()))
         engine.call_all(_gpu.release)
         engine.call_all(_gpu.poison)
         before, reports = engine.call_all(_gpu.device_used), []
@@ -250,9 +246,7 @@ def measure_broadcast(model: Model, repeats: int, budget_bytes: int) -> tuple[st
                 server.update(engine.control, route="broadcast", verify="none", budget_bytes=budget_bytes)
             )
         taken = max(b - a for a, b in zip(before, engine.call_all(_gpu.device_used), strict=True))
-        wrong = engine.call_all(_gpu.wrong_tensors, version.value)
-    if any(wrong):
-        raise SystemExit(f"{model.name}: workers hold wrong bytes: {[names[:3] for names in wrong]}")
+        _check(model, engine, version.value)
     kept = reports[WARM_UPS:]
     total = sum(meta.num_bytes for meta in model.params())
     floor, moved = max(total / links, total / nccl), Spread.of([_moving_s(one) for one in kept])

@@ -15,7 +15,7 @@ from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress
 from headrace.plan import CopyTable, Ring, TransferPlan
 from headrace.receiver.blocks import StagingArea
-from headrace.receiver.mapped import MappedMemory
+from headrace.receiver.mapped import Mappings
 from headrace.recipe import FillTable, LoadRecipe
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
@@ -46,7 +46,7 @@ def plan_of(segment: HostSegment, key: str = "plan") -> TransferPlan:
 
 
 def test_buckets_are_bound_once_for_each_set_of_segments(lender: Lender) -> None:
-    memory, live = MappedMemory(StagingArea()), torch.zeros(SIZE, dtype=torch.uint8)
+    memory, live = Mappings(StagingArea()), torch.zeros(SIZE, dtype=torch.uint8)
     sets = [HostSegment(SIZE, name) for name in ("one", "other")]
     holder = HolderAddress("h", lender.unix_socket)
     seen = []
@@ -67,7 +67,7 @@ def test_buckets_are_bound_once_for_each_set_of_segments(lender: Lender) -> None
 
 @pytest.mark.parametrize("changed", ["plan", "destination", "segment"])
 def test_what_changes_is_bound_anew(lender: Lender, changed: str) -> None:
-    memory, live = MappedMemory(StagingArea()), torch.zeros(SIZE, dtype=torch.uint8)
+    memory, live = Mappings(StagingArea()), torch.zeros(SIZE, dtype=torch.uint8)
     segment, other = HostSegment(SIZE, "one"), HostSegment(SIZE, "other")
     holder = HolderAddress("h", lender.unix_socket)
     for one in (segment, other):
@@ -96,7 +96,7 @@ def test_what_is_staged_in_reserved_memory_stays_bound_and_else_does_not(lender:
     row = CopyRow(shape=(SIZE // 8, 8), src_strides=(16, 1), dst_strides=(8, 1), src_dtype="uint8", dst_dtype="uint8")
     plan = replace(plan_of(segment), apply=table_of([row]), ring=Ring("gathered", 0, 0, ""))
     for area, lasts in ((StagingArea(reserved), True), (StagingArea(reserved[:8]), False), (StagingArea(), False)):
-        memory = MappedMemory(area)
+        memory = Mappings(area)
         memory.open(plan, [holder], DEADLINE_S, pin=False)
         segment.tensor.random_()
         first = memory.bind(plan, [live])
@@ -109,7 +109,7 @@ def test_what_is_staged_in_reserved_memory_stays_bound_and_else_does_not(lender:
 
 
 def test_what_the_loader_reads_in_place_is_the_holders_memory(lender: Lender) -> None:
-    memory, meta = MappedMemory(StagingArea()), ParamMeta("w", "float32", (4, 4))
+    memory, meta = Mappings(StagingArea()), ParamMeta("w", "float32", (4, 4))
     segment, holder = HostSegment(2 * SIZE, "one"), HolderAddress("h", lender.unix_socket)
     lender.lend(segment)
     table = ParamTable([meta])

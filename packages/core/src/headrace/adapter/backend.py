@@ -20,6 +20,7 @@ from headrace.adapter.part import Part, is_of_draft
 from headrace.adapter.reload import ModuleReload
 from headrace.adapter.watch import processed
 from headrace.protocols import Skeleton, WorkerIdentity
+from headrace.segments.cuda import uuid_of
 
 if TYPE_CHECKING:
     from headrace.protocols import NamedTensors
@@ -190,7 +191,7 @@ def device_uuid(device: torch.device) -> str:
     """Return which physical device this is; a host's CPUs are one."""
     if device.type == "cpu":
         return f"cpu-{socket.gethostname()}"
-    return str(torch.cuda.get_device_properties(device).uuid)
+    return uuid_of(device)
 
 
 def _materialized(twin: torch.Tensor, device: torch.device) -> Any:  # noqa: ANN401 - a parameter of the twin's class

@@ -16,6 +16,7 @@ from headrace.embedded.messages import Fingerprint, Seen, ShardBox
 from headrace.embedded.naming import CheckpointNaming
 from headrace.embedded.weights import ShardLoader, loadable_tensors, local_tensor, shard_layout
 from headrace.protocols import Skeleton, WorkerIdentity
+from headrace.segments.cuda import uuid_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,7 +157,7 @@ def _identity(model: PreTrainedModel, worker: WorkerId, world_size: int) -> Work
     if device.type == "cpu":
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return WorkerIdentity(worker, world_size, "cpu", f"cpu-{boot_id}", layout)
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    uuid = uuid_of(device)
     return WorkerIdentity(worker, world_size, str(device), uuid, layout)
 
 

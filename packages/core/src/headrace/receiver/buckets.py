@@ -13,6 +13,7 @@ from headrace.errors import IntegrityError
 from headrace.geometry import dense_strides
 from headrace.plan import MAPPED_MODES, CopyTable, TransferPlan, buffered, staged_bytes
 from headrace.receiver.blocks import StagingArea
+from headrace.segments.cuda import uuid_of
 from headrace.transports.binding import Program, bind_copies
 from headrace.types import I64, ITEMSIZES
 
@@ -123,7 +124,7 @@ def _on_peers(plan: TransferPlan, blocks: Sequence[torch.Tensor]) -> frozenset[i
     device = next((block.device for block in blocks if block.is_cuda), None)
     if device is None or plan.ring.mode not in MAPPED_MODES:
         return frozenset()
-    own = str(torch.cuda.get_device_properties(device).uuid)
+    own = uuid_of(device)
     return frozenset(
         i for i, segment in enumerate(plan.segments) if segment.kind == "cuda" and segment.device_uuid != own
     )

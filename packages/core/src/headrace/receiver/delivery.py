@@ -15,7 +15,7 @@ from headrace.pipeline import PipelineStage, RingPipeline
 from headrace.plan import TransferPlan
 from headrace.receiver.buckets import Bucket, Differences, bounds_of, bucket_of
 from headrace.receiver.feeds import Feed
-from headrace.receiver.mapped import MappedMemory
+from headrace.receiver.mapped import Mappings
 from headrace.telemetry import Recorder
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class DirectDelivery:
         self,
         plan: TransferPlan,
         holders: Sequence[HolderAddress],
-        memory: MappedMemory,
+        memory: Mappings,
         blocks: list[torch.Tensor],
         differences: Differences,
         recorder: Recorder,

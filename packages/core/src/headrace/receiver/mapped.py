@@ -1,4 +1,4 @@
-"""MappedMemory: holders' memory in this worker's address space, and the copies out of it that are bound already."""
+"""Mappings: holders' memory in this worker's address space, and the copies out of it that are bound already."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEPT_PLANS = 2
 _Key = tuple[str, tuple[str, ...], tuple[tuple[int, int], ...]]
 
 
-class MappedMemory:
+class Mappings:
     """Keeps mappings over updates, and buckets: holders alternate between two sets of segments, plans stay.
 
     Call order, per update: 1. `open`. 2. `bind`. 3. `keep`. And `close` in the end.

@@ -12,7 +12,7 @@ from headrace.errors import HeadraceError, WeightsState
 from headrace.protocols import InferenceBackend, Ticket, Transport
 from headrace.receiver.blocks import StagingArea
 from headrace.receiver.devices import WorkerDevice
-from headrace.receiver.mapped import MappedMemory
+from headrace.receiver.mapped import Mappings
 from headrace.receiver.recipes import RecipeBook
 from headrace.receiver.session import Session
 from headrace.registry import load
@@ -50,7 +50,7 @@ class Receiver:
         self.recorder = Recorder(f"receiver {backend.identity().worker}")
         self.recipes = RecipeBook(backend, self.recorder)
         self.staging = StagingArea(reserved)
-        self.memory = MappedMemory(self.staging)
+        self.memory = Mappings(self.staging)
         self.device = WorkerDevice(backend.identity().device)
         self._transports: dict[str, Transport] = {}
         self._session: Session | None = None

@@ -24,6 +24,11 @@ _owned_here: dict[str, int] = {}
 """Addresses of this process's own segments: a process cannot open its own IPC handles."""
 
 
+def uuid_of(device: torch.device | int) -> str:
+    """Return which GPU a device is, whatever processes number it."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def gpu_of(device_uuid: str) -> torch.device:
     """Return the GPU with this uuid, as this process numbers them; initialises CUDA here.
 
@@ -34,7 +39,7 @@ def gpu_of(device_uuid: str) -> torch.device:
         message = f"torch {torch.__version__} of the holder sees no GPU; install one that is built for CUDA"
         raise BackendUnavailableError(message, name=device_uuid)
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    seen = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    seen = [uuid_of(i) for i in range(torch.cuda.device_count())]
     if device_uuid not in seen:
         message = (
             f"the holder does not see GPU {device_uuid}, only {', '.join(seen)}; give it the engine's "
@@ -70,7 +75,7 @@ class CudaSegment:
             )
             raise ConfigError(message, name="expandable_segments") from error
         identity = hashlib.sha256(f"{salt}{self.address}{num_bytes}".encode() + handle).hexdigest()[:32]
-        uuid = str(torch.cuda.get_device_properties(cuda_runtime().device_of(address)).uuid)
+        uuid = uuid_of(cuda_runtime().device_of(address))
         self.descriptor = SegmentDescriptor(identity, num_bytes, "cuda", handle, uuid)
 
     @property

@@ -13,6 +13,7 @@ from headrace.protocols import NamedTensors, Skeleton, WorkerIdentity
 from headrace.receiver.blocks import write_fills
 from headrace.recipe import LoadRecipe
 from headrace.recording import whole_tensors
+from headrace.segments.cuda import uuid_of
 from headrace.store.checkpoint import CheckpointSource
 from headrace.types import ITEMSIZES, WorkerId
 
@@ -128,7 +129,7 @@ class RecipeBackend:
 def _device_uuid(device: torch.device, worker: WorkerId) -> str:
     """Return which GPU this is; on a CPU every worker has a device of its own."""
     if device.type == "cuda":
-        return str(torch.cuda.get_device_properties(device).uuid)
+        return uuid_of(device)
     return f"{device}-{worker.rank}"
 
 
