@@ -34,6 +34,11 @@ COLUMNS = (
 )  # fmt: skip
 WARM_UPS = 1
 QUIET_S = 1.2
+GRAPHS = {
+    "compilation_config": {
+        "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+    },
+}  # fmt: skip
 EXTENSION = "benchmarks._vllm_worker.BenchExtension"
 
 
@@ -193,16 +198,18 @@ def write_config(model: Model, folder: Path) -> Path:
     return folder
 
 
-def measure(name: str, tp: int, staging_gib: float, repeats: int, folder: Path) -> list[Section]:
+def measure(
+    name: str, tp: int, staging_gib: float, repeats: int, folder: Path, *, graphs: bool
+) -> list[Section]:
     """Run one engine through all series and baselines."""
     model = SERVED[name]
     options = {
         "model": str(write_config(model, folder / name)), "load_format": "dummy", "skip_tokenizer_init": True,
-        "enforce_eager": True, "gpu_memory_utilization": 0.6, "max_model_len": 2048, "dtype": "bfloat16",
+        "enforce_eager": not graphs, "gpu_memory_utilization": 0.6, "max_model_len": 2048, "dtype": "bfloat16",
         "tensor_parallel_size": tp, "weight_transfer_config": {"backend": "headrace"},
         "worker_extension_cls": EXTENSION, "disable_custom_all_reduce": True, "max_num_seqs": 16,
         "max_num_batched_tokens": 2048,
-    }  # fmt: skip
+    } | (GRAPHS if graphs else {})  # fmt: skip
     environment = {"HEADRACE_STAGING_GIB": str(staging_gib), "VLLM_LOGGING_LEVEL": "INFO"}
     begin = time.monotonic()
     with RemoteEngine(options, environment, folder / "engine.log") as engine:
@@ -231,7 +238,8 @@ def measure(name: str, tp: int, staging_gib: float, repeats: int, folder: Path) 
         f"{median(rates):.0f} tokens per second and stream over the whole run.",
     )
     gpu = torch.cuda.get_device_name()
-    title = f"{model.name}, TP{tp}, vLLM under 8 streams, {tp}x {gpu}: ms, median (least-greatest)"
+    mode = "CUDA graphs" if graphs else "eager"
+    title = f"{model.name}, TP{tp}, vLLM ({mode}) under 8 streams, {tp}x {gpu}: ms, median (least-greatest)"
     return [
         Section(f"vllm-gpu-{name}-tp{tp}", title, COLUMNS, tuple(rows), notes),
         Section(f"vllm-gpu-{name}-tp{tp}-others", "beside it, idle", ("way", "ms"), tuple(others)),
@@ -249,11 +257,12 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--staging-gib", type=float, default=0.0, help="GPU memory of a worker for staging")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--graphs", action="store_true", help="decode with CUDA graphs, not eagerly")
     parser.add_argument("--json", type=Path, metavar="FILE")
     chosen = parser.parse_args()
     staging = chosen.staging_gib or 18.0 / chosen.tp
     with tempfile.TemporaryDirectory() as made:
-        sections = measure(chosen.model, chosen.tp, staging, chosen.repeats, Path(made))
+        sections = measure(chosen.model, chosen.tp, staging, chosen.repeats, Path(made), graphs=chosen.graphs)
     for section in sections:
         section.show(Console(width=220))
         Console(width=220).print(section.markdown(), markup=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,22 @@ def run_child(
     told, out = folder / "spec.json", folder / "out.json"
     told.write_text(json.dumps(spec))
     path = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(Path(__file__).parent))))
-    done = subprocess.run(
-        [sys.executable, str(script), str(told), str(out)],
-        env={**environment, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert out.exists(), f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    log = folder / "child.log"
+    with log.open("wb") as file:
+        child = subprocess.Popen(
+            [sys.executable, str(script), str(told), str(out)], env={**environment, "PYTHONPATH": path},
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            said = log.read_text(errors="replace")[-6000:]
+            raise AssertionError(f"{script.name} did not end within {timeout_s:.0f} s\n{said}") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait(20)
+    assert out.exists(), log.read_text(errors="replace")[-6000:]
     made: dict[str, Any] = json.loads(out.read_text())
     return made
 

@@ -14,6 +14,7 @@ from torch import nn
 from headrace.adapter.backend import ModelBackend, models_layout
 from headrace.adapter.part import Part
 from headrace.adapter.watch import processed, twin_of, watch
+from headrace.errors import ApplyError
 from headrace.protocols import InferenceBackend, WorkerIdentity
 from headrace.testing.backend_suite import BackendTests
 from headrace.types import WorkerId
@@ -152,6 +153,15 @@ class TestRepacked(ModelBackendTests):
         with pytest.raises(RuntimeError):
             backend.load([("down.weight", torch.zeros(OUT, WIDTH + 1))])
         backend.begin_reload()
+        backend._reload.abandon()  # type: ignore[union-attr]
+        assert torch.equal(self.compute(backend), before)
+
+    def test_a_loader_that_drops_weights_is_noticed(self, backend: ModelBackend) -> None:
+        before = self.compute(backend)
+        backend.begin_reload()
+        backend.load((name, torch.zeros(WIDTH, WIDTH)) for name in ("gate.weight", "up.weight"))
+        with pytest.raises(ApplyError, match="wrote nothing into weight of a Layer"):
+            backend.end_reload()
         backend._reload.abandon()  # type: ignore[union-attr]
         assert torch.equal(self.compute(backend), before)
 

@@ -189,6 +189,7 @@ def test_many_updates_leave_nothing_behind(fleet: Fleet) -> None:
     choices: dict[str, Any] = {"budget_bytes": 4 * MIB, "bucket_bytes": MIB, "verify": "none"}
     for _ in range(4):
         fleet.update(**choices)
+    fleet.check()
     before = fleet.engine.call_all(device_bytes)
     for _ in range(UPDATES):
         fleet.update(**choices)

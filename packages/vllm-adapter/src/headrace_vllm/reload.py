@@ -27,6 +27,21 @@ def restore(module: nn.Module, device: torch.device) -> None:
     restore_layer_on_meta(module, info)
     with device:
         materialize_layer(*((module, info) if takes_info else (module,)))
+    load_at_once(module)
+
+
+def load_at_once(module: nn.Module) -> None:
+    """Have every loader in a module tree write what it is given, when it is given.
+
+    Where vLLM quantises while it loads, loaders only collect, until a layer is complete; after the first time they drop
+    what they are given without a word.
+    """
+    parameter: Any
+    for parameter in module.parameters():
+        loader = getattr(parameter, "weight_loader", None)
+        while getattr(loader, "__name__", None) == "online_process_loader":
+            loader = loader.__wrapped__  # type: ignore[union-attr]
+            parameter.weight_loader = loader
 
 
 def process_again(module: nn.Module, device: torch.device) -> None:

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from headrace.adapter.receivers import reserve
-from headrace.adapter.watch import watch
+from headrace.adapter.watch import twin_of, watch
+from headrace_vllm.reload import load_at_once
 
 _configs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
@@ -63,6 +64,9 @@ def _constructed(model: nn.Module) -> None:
     if not wanted(config):
         return
     watch(model)
+    twin = twin_of(model)
+    assert twin is not None
+    load_at_once(twin)
     reserve(model)
     _configs[model] = config
     # A head that equals the embedding would become the same memory, and could never again differ from it.

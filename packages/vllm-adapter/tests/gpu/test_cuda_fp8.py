@@ -29,6 +29,11 @@ EXPERTS = TinySize(
 )
 MAKERS = {"dense": (make_tiny_qwen3, SIZE), "experts": (make_tiny_qwen3_moe, EXPERTS)}
 BLOCK = 128
+KERNELS = {
+    "keep the layout": {"VLLM_USE_DEEP_GEMM": "0"},
+    "requantise": {"VLLM_USE_DEEP_GEMM": "1", "VLLM_DEEP_GEMM_WARMUP": "skip"},
+}
+"""What makes vLLM choose kernels that read an FP8 checkpoint as it is, or with scales that are powers of two."""
 KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.")
 
 
@@ -62,20 +67,21 @@ def quantized(folder: Path, into: Path) -> Path:
     return into
 
 
-def run_beside(specs: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Run engines at the same time, on the GPUs in turn; returns each one's states."""
+def run_beside(
+    paths: list[list[Path]], folder: Path, engine: dict[str, Any], variables: dict[str, str]
+) -> list[list[dict[str, Any]]]:
+    """Run an engine for each list of checkpoints, at the same time, on the GPUs in turn; returns each one's states."""
 
     def run(number: int) -> list[dict[str, Any]]:
         own = folder / f"run{number}"
         own.mkdir()
-        gpu = str(number % torch.cuda.device_count())
-        states: list[dict[str, Any]] = run_child(
-            CHILD, specs[number], own, os.environ | {"CUDA_VISIBLE_DEVICES": gpu}, timeout_s=400
-        )["states"]
+        spec = {"checkpoints": list(map(str, paths[number])), "engine": engine}
+        environment = os.environ | variables | {"CUDA_VISIBLE_DEVICES": str(number % torch.cuda.device_count())}
+        states: list[dict[str, Any]] = run_child(CHILD, spec, own, environment, timeout_s=400)["states"]
         return states
 
-    with ThreadPoolExecutor(len(specs)) as pool:
-        return list(pool.map(run, range(len(specs))))
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(run, range(len(paths))))
 
 
 def check_like_fresh(state: dict[str, Any], fresh: dict[str, Any]) -> None:
@@ -90,24 +96,25 @@ def plain(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Path]:
     return {name: maker(tmp_path / name, seed, dtype="bfloat16", size=size) for name, seed in (("a", 1), ("b", 2))}
 
 
-def test_a_checkpoint_in_fp8_is_copied_straight(plain: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", list(KERNELS))
+def test_a_checkpoint_in_fp8(plain: dict[str, Path], tmp_path: Path, kernels: str) -> None:
     """And a bfloat16 one is refused before the pause: it has no scales, and would be cast without them."""
     a, b = (quantized(plain[name], tmp_path / f"{name}8") for name in "ab")
-    paths = [[a, plain["b"], b, a], [b]]
-    updated, (fresh,) = run_beside([{"checkpoints": list(map(str, p)), "engine": {}} for p in paths], tmp_path)
+    updated, (fresh,) = run_beside([[a, plain["b"], b, a], [b]], tmp_path, {}, KERNELS[kernels])
     start, refused, new, again = updated
     assert refused["weights_state"] == "old"
     assert refused["digests"] == start["digests"]
     check_like_fresh(new, fresh)
     check_like_fresh(again, start)
-    assert (new["opaque"], again["opaque"]) == (0, 0)
     assert new["digests"] != start["digests"]
+    straight = (new["opaque"], again["opaque"]) == (0, 0)
+    assert straight == (kernels == "keep the layout")
 
 
 def test_what_is_quantised_while_loading_goes_through_the_life_cycle(plain: dict[str, Path], tmp_path: Path) -> None:
-    engine = {"quantization": "fp8"}
-    paths = [[plain["a"], plain["b"], plain["a"]], [plain["b"]]]
-    updated, (fresh,) = run_beside([{"checkpoints": list(map(str, p)), "engine": engine} for p in paths], tmp_path)
+    updated, (fresh,) = run_beside(
+        [[plain["a"], plain["b"], plain["a"]], [plain["b"]]], tmp_path, {"quantization": "fp8"}, {}
+    )
     start, new, again = updated
     check_like_fresh(new, fresh)
     check_like_fresh(again, start)

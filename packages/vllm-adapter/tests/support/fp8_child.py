@@ -37,7 +37,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     from headrace.server.parameter_server import ParameterServer
 
     options = {
-        "enforce_eager": True, "gpu_memory_utilization": 0.3, "max_model_len": 512, "disable_custom_all_reduce": True,
+        "enforce_eager": True, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 256 << 20, "max_model_len": 512,
+        "disable_custom_all_reduce": True,
         "weight_transfer_config": {"backend": "headrace"},
     }  # fmt: skip
     llm = LLM(spec["checkpoints"][0], **{**options, **spec["engine"]})

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+
+from headrace.errors import ApplyError
+
+_UNTOUCHED = {1: (torch.int8, 0x5A), 2: (torch.int16, 0x5A5A), 4: (torch.int32, 0x5A5A5A5A)}
+_UNTOUCHED |= {8: (torch.int64, 0x5A5A5A5A5A5A5A5A)}
+"""By element size: what new parameters hold until the loader writes them, as an integer dtype and its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A module in its reload: what its kernels read until now, and which of its parameters are new."""
+
+    module: nn.Module
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    new: tuple[str, ...]
 
 
 class ModuleReload:
@@ -21,31 +39,62 @@ class ModuleReload:
     def __init__(self, restore: Callable[[nn.Module], None], process: Callable[[nn.Module], None]) -> None:
         self._restore = restore
         self._process = process
-        self._kept: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self._begun: list[_Begun] = []
 
     def begin(self, modules: Sequence[nn.Module]) -> None:
         """Give modules parameters in the loader's layout, and keep those that the kernels read. May be repeated."""
-        begun = {id(module) for module, _, _ in self._kept}
-        for module in (module for module in modules if id(module) not in begun):
-            self._kept.append((module, dict(module._parameters), dict(module._buffers)))
+        known = {id(begun.module) for begun in self._begun}
+        for module in (module for module in modules if id(module) not in known):
+            old, buffers = dict(module._parameters), dict(module._buffers)
             self._restore(module)
+            new = tuple(n for n, p in module._parameters.items() if p is not None and p is not old.get(n))
+            self._begun.append(_Begun(module, old, buffers, new))
+            for name in new:
+                _mark(module._parameters[name])
 
     def end(self) -> None:
-        """Process what was loaded, and put it where the kernels have always read it."""
-        for module, old, buffers in self._kept:
-            self._process(module)
-            for name, parameter in old.items():
-                _put_back(module, name, parameter)
-            module._buffers.update(buffers)
-        self._kept = []
+        """Process what was loaded, and put it where the kernels have always read it.
+
+        Raises:
+            ApplyError: The loader left a parameter as it was: what would be processed is no weight.
+        """
+        for begun in self._begun:
+            for name in begun.new:
+                _check_loaded(begun.module, name)
+        for begun in self._begun:
+            self._process(begun.module)
+            for name, parameter in begun.parameters.items():
+                _put_back(begun.module, name, parameter)
+            begun.module._buffers.update(begun.buffers)
+        self._begun = []
 
     def abandon(self) -> None:
         """Put the old parameters back after a failure; their bytes are still those from before."""
-        for module, old, buffers in self._kept:
-            module._parameters.clear()
-            module._parameters.update(old)
-            module._buffers.update(buffers)
-        self._kept = []
+        for begun in self._begun:
+            begun.module._parameters.clear()
+            begun.module._parameters.update(begun.parameters)
+            begun.module._buffers.update(begun.buffers)
+        self._begun = []
+
+
+def _mark(parameter: Any) -> None:  # noqa: ANN401
+    """Fill a new parameter with what no loader writes everywhere."""
+    if parameter.element_size() in _UNTOUCHED:
+        kind, untouched = _UNTOUCHED[parameter.element_size()]
+        parameter.data.view(kind).fill_(untouched)
+
+
+def _check_loaded(module: nn.Module, name: str) -> None:
+    parameter: Any = module._parameters[name]
+    if parameter.numel() == 0 or parameter.element_size() not in _UNTOUCHED:
+        return
+    kind, untouched = _UNTOUCHED[parameter.element_size()]
+    if not bool((parameter.data.view(kind) != untouched).any()):
+        message = (
+            f"the engine's loader wrote nothing into {name} of a {type(module).__name__}; choose a quantisation or "
+            "kernels that Headrace can reload, or give the engine unquantised weights"
+        )
+        raise ApplyError(message, name=name, phase="commit")
 
 
 def _put_back(module: nn.Module, name: str, old: nn.Parameter | None) -> None:
