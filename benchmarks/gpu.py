@@ -101,10 +101,10 @@ def measure(cases: Sequence[Case], repeats: int, buckets_gb: Sequence[int | None
         best_s = float("inf")
         with ParameterServer(source=source) as server:
             for case in cases:
-                reports = _update(case, engine, server, source, repeats)
+                reports, extra = _update(case, engine, server, source, repeats)
                 if not case.staged:
                     best_s = min(best_s, median(one.commit_s for one in reports))
-                found.rows.append(_row(case, reports, max(engine.call_all(_gpu.device_peak)), found.ceilings))
+                found.rows.append(_row(case, reports, extra, found.ceilings))
                 print("  ".join(found.rows[-1]), flush=True)
         for bucket_gb in buckets_gb if _peer.is_installed() else ():
             found.peers.append(_measure_peer(cases[0], engine, bucket_gb, repeats, best_s))
@@ -114,15 +114,17 @@ def measure(cases: Sequence[Case], repeats: int, buckets_gb: Sequence[int | None
 
 def _update(
     case: Case, engine: BareEngine, server: ParameterServer, source: _gpu.PoolSource, repeats: int
-) -> list[UpdateReport]:
+) -> tuple[list[UpdateReport], int]:
+    """Return the updates' reports, and the most GPU memory that they took beside the live tensors."""
     reports, budget = [], STAGING_BYTES if case.staged else 0
     engine.call_all(_gpu.poison)
     for _ in range(WARM_UPS + repeats):
         source.version += 1
         engine.call_all(_gpu.device_peak)
         reports.append(server.update(engine.control, route="direct", verify=case.verify, budget_bytes=budget))
+    extra = max(engine.call_all(_gpu.device_peak))
     _check(case.model, engine, source.version)
-    return reports[WARM_UPS:]
+    return reports[WARM_UPS:], extra
 
 
 def _check(model: Model, engine: BareEngine, version: int) -> None:

@@ -30,6 +30,17 @@ def test_sources_that_do_not_fit_leave_the_weights_alone(run_offline: RunOffline
     assert [result["version"] for result in results] == [None, None, None, 1]
 
 
+def test_what_vllm_quantises_while_loading_is_as_loaded_afresh(run_offline: RunOffline, tmp_path: Path) -> None:
+    made = checkpoints_of("qwen3", tmp_path)
+    start, partial, new, again = run_offline([made[n] for n in ("a", "partial", "b", "a")], quantization="rounding")
+    (fresh,) = run_offline([made["b"]], quantization="rounding")
+    assert (partial["weights_state"], partial["answer"]) == ("old", start["answer"])
+    assert "error" not in new | again
+    assert (new["answer"], again["answer"]) == (fresh["answer"], start["answer"])
+    assert start["answer"]["tokens"] != fresh["answer"]["tokens"]
+    assert new["opaque"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("unpacked", "load_format"), [(False, "auto"), (True, "auto"), (True, "dummy")])
 def test_adapters_stay_when_their_base_changes(

@@ -1,4 +1,4 @@
-"""Holds of a real vLLM for CUDA under load, eager and with CUDA graphs, on one GPU and two: no token is of a mixture."""
+"""Holds of a real vLLM for CUDA under load, eager and with graphs, on one GPU and two: no token is of a mixture."""
 
 from __future__ import annotations
 

@@ -34,6 +34,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Answer, update, answer again, for every checkpoint."""
     if spec["unpacked"]:
         import nopack  # noqa: F401 - it changes vLLM when it is imported
+    if spec["engine"].get("quantization") == "rounding":
+        import rounding  # noqa: F401 - it registers that quantisation
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from headrace.adapter.watch import constructed
 from headrace.errors import ApplyError
 
 _UNTOUCHED = {1: (torch.int8, 0x5A), 2: (torch.int16, 0x5A5A), 4: (torch.int32, 0x5A5A5A5A)}
@@ -18,12 +19,12 @@ _UNTOUCHED |= {8: (torch.int64, 0x5A5A5A5A5A5A5A5A)}
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A module in its reload: what its kernels read until now, and which of its parameters are new."""
+    """A module in its reload: what its kernels read until now, and which parameters the loader must write."""
 
     module: nn.Module
     parameters: dict[str, Any]
     buffers: dict[str, Any]
-    new: tuple[str, ...]
+    awaited: tuple[str, ...]
 
 
 class ModuleReload:
@@ -43,14 +44,18 @@ class ModuleReload:
 
     def begin(self, modules: Sequence[nn.Module]) -> None:
         """Give modules parameters in the loader's layout, and keep those that the kernels read. May be repeated."""
-        known = {id(begun.module) for begun in self._begun}
-        for module in (module for module in modules if id(module) not in known):
+        begun = {id(begun.module) for begun in self._begun}
+        for module in (module for module in modules if id(module) not in begun):
             old, buffers = dict(module._parameters), dict(module._buffers)
             self._restore(module)
-            new = tuple(n for n, p in module._parameters.items() if p is not None and p is not old.get(n))
-            self._begun.append(_Begun(module, old, buffers, new))
-            for name in new:
-                _mark(module._parameters[name])
+            new = {n: p for n, p in module._parameters.items() if p is not None and p is not old.get(n)}
+            values = constructed(module)
+            self._begun.append(_Begun(module, old, buffers, tuple(new.keys() - values.keys())))
+            for name, parameter in new.items():
+                if name in values:
+                    parameter.data.copy_(values[name])
+                else:
+                    _mark(parameter)
 
     def end(self) -> None:
         """Process what was loaded, and put it where the kernels have always read it.
@@ -59,7 +64,7 @@ class ModuleReload:
             ApplyError: The loader left a parameter as it was: what would be processed is no weight.
         """
         for begun in self._begun:
-            for name in begun.new:
+            for name in begun.awaited:
                 _check_loaded(begun.module, name)
         for begun in self._begun:
             self._process(begun.module)

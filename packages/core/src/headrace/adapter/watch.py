@@ -22,6 +22,7 @@ from headrace.recording import skeleton_of
 
 logger = logging.getLogger(__name__)
 _MAX_DEPTH = 4
+_SMALL_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Processed:
 
 _twins: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 _processed: WeakKeyDictionary[nn.Module, Processed] = WeakKeyDictionary()
+_constructed: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
 def watch(model: nn.Module) -> None:
@@ -47,12 +49,18 @@ def watch(model: nn.Module) -> None:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if callable(getattr(method, "process_weights_after_loading", None)):
+            _constructed[module] = _small(module)
             _watch_method(method)
 
 
 def twin_of(model: nn.Module) -> nn.Module | None:
     """Return a model as it was constructed, on the meta device; None where it was built before anybody watched."""
     return _twins.get(model)
+
+
+def constructed(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the small parameters that a module was constructed with: not every checkpoint has its scales."""
+    return _constructed.get(module, {})
 
 
 def processed(module: nn.Module) -> Processed | None:
@@ -64,6 +72,11 @@ def was_rewritten(module: nn.Module, twin: nn.Module | None) -> bool:
     """Return whether a module's parameters are not what the loader wrote."""
     note = processed(module)
     return (note is not None and note.rewrote) or (twin is not None and layouts(module) != layouts(twin))
+
+
+def _small(module: nn.Module) -> dict[str, torch.Tensor]:
+    own = ((name, p) for name, p in module._parameters.items() if p is not None and not p.is_meta)
+    return {name: p.detach().clone() for name, p in own if p.nbytes <= _SMALL_BYTES}
 
 
 def _watch_method(method: Any) -> None:  # noqa: ANN401 - the engine's quantisation method

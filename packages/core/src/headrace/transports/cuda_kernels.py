@@ -18,8 +18,9 @@ first tile, row of the copy table, unused."""
 
 
 @triton.jit
-def _positions(tile, blocks, tile_block, BLOCK: tl.constexpr, DIMS: tl.constexpr):  # noqa: N803
-    """Return a tile's block, source and destination offsets in units, and which units exist."""
+def _positions(blocks, tile_block, BLOCK: tl.constexpr, DIMS: tl.constexpr):  # noqa: N803
+    """Return this tile's block, source and destination offsets in units, and which units exist."""
+    tile = tl.program_id(0)
     block = blocks + tl.load(tile_block + tile).to(tl.int64) * 12
     n1, width = tl.load(block + 3), tl.load(block + 4)
     start = (tile - tl.load(block + 9)) * BLOCK
@@ -45,30 +46,13 @@ def _positions(tile, blocks, tile_block, BLOCK: tl.constexpr, DIMS: tl.constexpr
 
 
 @triton.jit
-def _copy_tile(
-    tile, blocks, tile_block, SOURCE: tl.constexpr, DESTINATION: tl.constexpr, BLOCK: tl.constexpr, DIMS: tl.constexpr  # noqa: N803
-):
-    block, source, destination, exists = _positions(tile, blocks, tile_block, BLOCK, DIMS)
-    found = tl.load(tl.load(block).to(tl.pointer_type(SOURCE)) + source, mask=exists)
-    tl.store(tl.load(block + 1).to(tl.pointer_type(DESTINATION)) + destination, found.to(DESTINATION), mask=exists)
-
-
-@triton.jit
 def copy_blocks(
     blocks, tile_block, SOURCE: tl.constexpr, DESTINATION: tl.constexpr, BLOCK: tl.constexpr, DIMS: tl.constexpr  # noqa: N803
 ):
-    """Copy, a program per tile; where the unit types differ, cast to nearest even."""
-    _copy_tile(tl.program_id(0), blocks, tile_block, SOURCE, DESTINATION, BLOCK, DIMS)
-
-
-@triton.jit(do_not_specialize=["num_tiles"])
-def copy_blocks_in_turn(
-    blocks, tile_block, num_tiles, SOURCE: tl.constexpr, DESTINATION: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
-    DIMS: tl.constexpr  # noqa: N803
-):  # fmt: skip
-    """As `copy_blocks`, by however few programs: each takes one tile after the other."""
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        _copy_tile(tile, blocks, tile_block, SOURCE, DESTINATION, BLOCK, DIMS)
+    """Copy; where the unit types differ, cast to nearest even."""
+    block, source, destination, exists = _positions(blocks, tile_block, BLOCK, DIMS)
+    found = tl.load(tl.load(block).to(tl.pointer_type(SOURCE)) + source, mask=exists)
+    tl.store(tl.load(block + 1).to(tl.pointer_type(DESTINATION)) + destination, found.to(DESTINATION), mask=exists)
 
 
 @triton.jit
@@ -80,7 +64,7 @@ def compare_blocks(
 
     After a cast any NaN is as good as another.
     """
-    block, source, destination, exists = _positions(tl.program_id(0), blocks, tile_block, BLOCK, DIMS)
+    block, source, destination, exists = _positions(blocks, tile_block, BLOCK, DIMS)
     wanted = tl.load(tl.load(block).to(tl.pointer_type(SOURCE)) + source, mask=exists, other=0).to(DESTINATION)
     found = tl.load(tl.load(block + 1).to(tl.pointer_type(DESTINATION)) + destination, mask=exists, other=0)
     wrong = wanted.to(BITS, bitcast=True) != found.to(BITS, bitcast=True)

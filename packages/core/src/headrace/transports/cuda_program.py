@@ -29,9 +29,6 @@ LONG_BYTES = 16 << 20
 """From here on a run is a call of its own: 53.6 GB/s at 64 MiB, in a batch 51.7."""
 PIECE_UNITS = 1024
 """Units per program of the kernel. Device to device, GB/s at 1024, 2048, 4096, 8192: 1425, 1317, 1319, 499."""
-FAR_PROGRAMS = 264
-"""Programs of the kernel that reads other GPUs, two for a multiprocessor: enough for NVLink, and the kernel that reads
-the own memory, which is the faster one, has the rest of the multiprocessors meanwhile."""
 _BATCH = 1024
 _POLL_S = 20e-6
 _CAST = 1 << 16
@@ -40,26 +37,25 @@ _KERNEL_CASTS = frozenset({"bfloat16", "float16", "float32"})
 
 @dataclass(frozen=True)
 class _Launch:
-    """Blocks of equal unit types, on the device, with what a kernel must know of them; `far` ones on other GPUs."""
+    """Blocks of equal unit types, on the device, with what a kernel must know of them."""
 
     table: torch.Tensor
     tile_block: torch.Tensor
     types: tuple[str, str]
     dims: int
-    far: bool = False
 
 
 class CudaProgram:
     """Strided copies into one GPU's memory, ready to run as often as wished; `run` enqueues, `finish` waits.
 
     Long runs from page-locked host memory and from other GPUs go through the copy engines, which are the fastest way
-    over PCIe; strided and short ones from there, and all from the GPU's own memory, through kernels that run at the
-    same time: one of few programs for other GPUs' memory, so that the one for the own is not kept waiting. What none
-    can do (host memory that is not page-locked, rare casts and shapes) is left to torch.
+    over PCIe; strided and short ones from there, and all from the GPU's own memory, through a kernel that runs at the
+    same time. What neither can do
+    (host memory that is not page-locked, rare casts and shapes) is left to torch.
 
     Ordering: `run` is ordered after what the current stream has been given, and before what it is given afterwards:
-    the streams of the copy engines and of the far kernel wait for an event of the current stream, and that one waits
-    for them in the end. Within a run destinations do not overlap, so the order of its copies does not matter.
+    the copy engines' stream waits for an event of the current stream, and that one waits for it in the end. Within a
+    run destinations do not overlap, so the order of its copies does not matter.
 
     Args:
         copies: What to copy; destinations must not overlap.
@@ -120,56 +116,44 @@ class CudaProgram:
         batched = whole.contiguous & (whole.num_bytes < LONG_BYTES)
         self._batch = whole.take(batched)
         self._rectangles = _rectangles(whole.take(~batched))
-        peers = np.isin(copies.src_block, tuple(self._peers))
-        near, distant = ~engine & ~peers, ~engine & peers
         with torch.cuda.device(self._device), torch.inference_mode():
-            self._kernels = self._launches(blocks.take(near), kind[near])
+            self._kernels = self._launches(blocks.take(~engine), kind[~engine])
             self._kernels += self._launches(crossing, crossing.unit[:, 0])
-            self._far_kernels = self._launches(blocks.take(distant), kind[distant], far=True)
             self._engine = blocks.take(engine)
             self._stream = _new_stream(self._device) if len(whole) else None
-            self._far_stream = _new_stream(self._device) if self._far_kernels else None
 
-    def _launches(self, blocks: Blocks, kind: I64, *, far: bool = False) -> list[_Launch]:
+    def _launches(self, blocks: Blocks, kind: I64) -> list[_Launch]:
         """Group blocks by unit types and dims, and put each group's table on the device."""
         group = kind * 2 + blocks.flat
-        return [self._launch(blocks.take(group == one), one, far=far) for one in np.unique(group).tolist()]
+        return [self._launch(blocks.take(group == one), one) for one in np.unique(group).tolist()]
 
-    def _launch(self, blocks: Blocks, group: int, *, far: bool) -> _Launch:
+    def _launch(self, blocks: Blocks, group: int) -> _Launch:
         table, tiles = _table(blocks)
-        types, dims = _types(group // 2), 2 if group % 2 else 3
-        _compile(types, dims, far, self._device)
+        _compile(_types(group // 2), 2 if group % 2 else 3, self._device)
         return _Launch(
             torch.from_numpy(table).to(self._device),
             torch.from_numpy(tiles).to(self._device),
-            types,
-            dims,
-            far,
+            _types(group // 2),
+            2 if group % 2 else 3,
         )
 
     @property
     def table_bytes(self) -> int:
         """Device memory that the tables take."""
-        return sum(one.table.nbytes + one.tile_block.nbytes for one in (*self._kernels, *self._far_kernels))
+        return sum(one.table.nbytes + one.tile_block.nbytes for one in self._kernels)
 
     def run(self) -> None:
         """Enqueue everything once on the current stream; returns before it is done."""
         with torch.cuda.device(self._device), torch.inference_mode():
             current = torch.cuda.current_stream(self._device)
-            beside = [stream for stream in (self._stream, self._far_stream) if stream is not None]
-            for stream in beside:
-                stream.wait_stream(current)
-            # Kernels first, the slowest before all: the GPU is at work on them while copy engines are given their
-            # pieces one by one.
-            with torch.cuda.stream(self._far_stream):
-                for launch in self._far_kernels:
-                    _copy(launch)
+            if self._stream is not None:
+                self._stream.wait_stream(current)
+            # Kernels first: the GPU is at work on them while the copy engines are given their pieces one by one.
             for launch in self._kernels:
                 _copy(launch)
             if self._stream is not None:
                 self._run_engines(self._stream.cuda_stream)
-            for stream in beside:
-                current.wait_stream(stream)
+                current.wait_stream(self._stream)
             self._others.run()
 
     def _run_engines(self, stream: int) -> None:
@@ -198,8 +182,7 @@ class CudaProgram:
         """Return the rows whose destination does not have the bits that `run` writes, in ascending order. Blocking."""
         with torch.cuda.device(self._device), torch.inference_mode():
             different = torch.zeros(self._num_rows, dtype=torch.int32, device=self._device)
-            engines = self._launches(self._engine, self._engine.unit[:, 0])
-            for launch in (*self._kernels, *self._far_kernels, *engines):
+            for launch in (*self._kernels, *self._launches(self._engine, self._engine.unit[:, 0])):
                 _compare(launch, different)
             found = different.nonzero().flatten().tolist()
         return sorted(found + self._others_rows[self._others.differences()].tolist())
@@ -253,20 +236,21 @@ def _copy(launch: _Launch) -> None:
     from headrace.transports import cuda_kernels  # noqa: PLC0415
 
     source, destination = (getattr(tl, name) for name in launch.types)
-    kinds = {"SOURCE": source, "DESTINATION": destination, "BLOCK": PIECE_UNITS, "DIMS": launch.dims}
-    num_tiles = len(launch.tile_block)
-    if launch.far:
-        programs = min(num_tiles, FAR_PROGRAMS)
-        cuda_kernels.copy_blocks_in_turn[(programs,)](launch.table, launch.tile_block, num_tiles, **kinds)
-    else:
-        cuda_kernels.copy_blocks[(num_tiles,)](launch.table, launch.tile_block, **kinds)
+    cuda_kernels.copy_blocks[(len(launch.tile_block),)](
+        launch.table,
+        launch.tile_block,
+        SOURCE=source,
+        DESTINATION=destination,
+        BLOCK=PIECE_UNITS,
+        DIMS=launch.dims,
+    )
 
 
 @lru_cache
-def _compile(types: tuple[str, str], dims: int, far: bool, device: torch.device) -> None:
+def _compile(types: tuple[str, str], dims: int, device: torch.device) -> None:
     """Have the kernel compiled now, by a launch that copies nothing: the first commit must not wait for it."""
     nothing = torch.tensor([[0, 0, 0, 1, 1, *[0] * 7]], device=device)
-    _copy(_Launch(nothing, torch.zeros(1, dtype=torch.int32, device=device), types, dims, far))
+    _copy(_Launch(nothing, torch.zeros(1, dtype=torch.int32, device=device), types, dims))
 
 
 def _compare(launch: _Launch, different: torch.Tensor) -> None:
