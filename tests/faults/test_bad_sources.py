@@ -226,3 +226,13 @@ def test_a_loader_that_needs_whole_tensors_needs_memory(make_world: MakeWorld) -
     assert world.engine.pauses == 0
     world.update(world.trainer(2), 2, budget_bytes=0)
     world.heals()
+
+
+def test_a_progress_callback_that_raises_does_not_stop_the_update(world: World) -> None:
+    """While holders read it is called in a thread that everybody waits for."""
+
+    def progress(_phase: str, done: int, _total: int) -> None:
+        if done:
+            raise BrokenPipeError("whoever showed this is gone")
+
+    world.update(world.server(2), 2, progress=progress)

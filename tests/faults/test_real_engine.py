@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ pytest.importorskip("transformers", reason="the embedded engine needs the extra 
 
 from fence import KEY, Fence
 
+from headrace.config import EngineTarget
 from headrace.errors import HeadraceError
+from headrace.registry import engine_control
 from headrace.server.parameter_server import ParameterServer
 from headrace.testing.engine_process import EngineProcess, Stream, free_port
 from headrace.testing.leaks import children
@@ -161,6 +165,40 @@ def test_resume_by_hand(engine: EngineProcess, checkpoints: list[Path]) -> None:
     assert "resumed" in done.stdout
     assert is_running(engine)
     assert engine.differences(checkpoints[0]) == []
+
+
+@pytest.fixture
+def hung() -> Iterator[str]:
+    """The address of an engine that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"torch=http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def paused(engine: EngineProcess) -> EngineProcess:
+    """The engine, as an updater leaves it that dies in the pause."""
+    control = engine_control(EngineTarget(engine.target))
+    control.pause("recompute", 20)
+    control.close()
+    return engine
+
+
+def test_resume_reaches_every_engine_it_can(paused: EngineProcess, hung: str) -> None:
+    done = headrace("resume", "--to", hung, "--to", paused.target, "--deadline-s", "10")
+    assert done.returncode == 1
+    assert hung.removeprefix("torch=") in done.stderr
+    assert "resumed" in done.stdout
+    assert is_running(paused)
+
+
+def test_the_guardian_lets_no_engine_wait_for_another(paused: EngineProcess, hung: str) -> None:
+    with subprocess.Popen([sys.executable, "-m", "headrace.recovery"], stdin=subprocess.PIPE, text=True) as guardian:
+        assert guardian.stdin is not None
+        for address in (hung, paused.target):
+            guardian.stdin.write(json.dumps({"paused": asdict(EngineTarget(address))}) + "\n")
+        guardian.stdin.close()
+        wait_until(lambda: is_running(paused), "the guardian resumes")
+        guardian.kill()
 
 
 @pytest.fixture

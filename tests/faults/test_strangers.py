@@ -20,7 +20,9 @@ from headrace import wire
 from headrace.config import Deadlines
 from headrace.control.dialer import Dialer
 from headrace.errors import ConfigError, ConnectError, HeadraceError, LocalProtocolError, VersionSkewError
+from headrace.protocols import Ticket
 from headrace.server.parameter_server import ParameterServer
+from headrace.testing.bare_engine import BareControl
 from headrace.types import WorkerId
 from headrace.wire import encoding
 
@@ -191,10 +193,25 @@ def test_a_wrong_address_is_said_in_time(world: World, target: str, kind: type, 
     assert world.engine.pauses == 0
 
 
+class DoorlessControl(BareControl):
+    """Of an engine that cannot be enrolled, as one without our plug-in."""
+
+    def enrol(self, ticket: Ticket, deadline_s: float) -> None:
+        time.sleep(1.0)  # others have dialled in
+        raise ConnectError("there is no such door")
+
+
+def test_an_engine_that_cannot_be_enrolled_leaves_the_others_free(world: World) -> None:
+    """For any updater, while the one that failed lives on."""
+    server = world.trainer(2)
+    with pytest.raises(ConnectError, match="no such door"):
+        server.update([world.control, DoorlessControl(world.engine)])
+    world.update(world.trainer(3), 3)
+    world.update(server, 2)
+
+
 def test_an_unusable_ticket_does_not_occupy_a_worker(make_world: MakeWorld) -> None:
     """One that makes no sense is dropped at once, one to nobody after the time that a connection may take."""
-    from headrace.protocols import Ticket
-
     world = make_world(workers=1)
     world.engine.enrol(Ticket("update", "nonsense", "no key", "token"))
     time.sleep(0.5)

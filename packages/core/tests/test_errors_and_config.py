@@ -114,3 +114,11 @@ def test_reserved_memory_is_a_number_of_gib(text: str) -> None:
     assert host_settings({"HEADRACE_STAGING_GIB": "1.5"}).staging_bytes == 3 << 29
     with pytest.raises(ConfigError, match="HEADRACE_STAGING_GIB"):
         host_settings({"HEADRACE_STAGING_GIB": text})
+
+
+def test_a_failure_crosses_the_wire_whole() -> None:
+    error = LocalProtocolError("busy", phase="stage", name="x", retryable=True)
+    rebuilt = errors.RemoteFailure.of(error).to_error()
+    assert type(rebuilt) is LocalProtocolError
+    for name in ("phase", "name", "retryable"):
+        assert getattr(rebuilt, name) == getattr(error, name)

@@ -27,7 +27,8 @@ def train(accelerator: Any, model: Any, optimizer: Any, url: str) -> None:
     from headrace_trainers.accelerate import attach
 
     rank = accelerator.process_index
-    with attach(accelerator, model, optimizer, to=f"torch={url}", mode="wait", on_error="raise") as hook:
+    to = f"torch={url}"
+    with attach(accelerator, model, optimizer, to=to, step=0, mode="wait", on_error="raise") as hook:
         for number in range(1, 5):
             with accelerator.accumulate(model):
                 tokens = batch(number, rank)

@@ -1,4 +1,4 @@
-"""Frozen settings, and the one place that reads the environment."""
+"""Frozen settings, and the one place that reads the `HEADRACE_*` variables."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def cpu_set(text: str, name: str) -> frozenset[int]:
 
 
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
-    """Read the environment: the only place that does.
+    """Read the `HEADRACE_*` variables: the only place that does.
 
     `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`, `HEADRACE_RECIPE_CACHE`,
     `HEADRACE_MOONCAKE_CPUS`, `HEADRACE_STAGING_GIB`.

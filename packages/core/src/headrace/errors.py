@@ -166,6 +166,7 @@ class RemoteFailure:
     name: str = ""
     weights_state: WeightsState = "old"
     details: tuple[str, ...] = ()
+    retryable: bool = False
 
     @classmethod
     def of(
@@ -181,6 +182,7 @@ class RemoteFailure:
             name=(own.name if own else None) or "",
             weights_state=weights_state,
             details=tuple(getattr(own, "differences", ())),
+            retryable=own.retryable if own else False,
         )
 
     def to_error(self) -> HeadraceError:
@@ -191,6 +193,7 @@ class RemoteFailure:
             "phase": self.phase or None,
             "name": self.name or None,
             "weights_state": self.weights_state,
+            "retryable": self.retryable,
         }
         error = (kind or HeadraceError)(message, **context)  # type: ignore[arg-type]
         if isinstance(error, ManifestMismatchError):

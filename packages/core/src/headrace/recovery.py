@@ -10,7 +10,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from functools import partial
 from secrets import token_hex
 
@@ -55,6 +57,23 @@ def recover(control: EngineControl, host: HostSettings, deadline_s: float = 60.0
         return f"{control.address}: all ranks hold version {version}; resumed"
     finally:
         board.close()
+
+
+def recover_all(
+    targets: Sequence[EngineTarget], host: HostSettings, deadline_s: float = 60.0
+) -> Iterator[tuple[EngineTarget, str | HeadraceError]]:
+    """Recover engines side by side: none waits for another. Yields what became of each, as it is known."""
+
+    def attempt(target: EngineTarget) -> tuple[EngineTarget, str | HeadraceError]:
+        try:
+            with closing(engine_control(target)) as control:
+                return target, recover(control, host, deadline_s)
+        except HeadraceError as error:
+            return target, error
+
+    with ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="headrace-recover") as pool:
+        for future in as_completed([pool.submit(attempt, target) for target in targets]):
+            yield future.result()
 
 
 def _enrol_free(control: EngineControl, board: Switchboard, limit: float) -> list[Peer]:
@@ -115,12 +134,12 @@ def main() -> int:
         else:
             paused.pop(message["resumed"], None)
     failures = 0
-    for address, target in paused.items():
-        try:
-            logger.warning("%s", recover(engine_control(target), host_settings()))
-        except HeadraceError as error:
+    for target, outcome in recover_all(list(paused.values()), host_settings()):
+        if isinstance(outcome, HeadraceError):
             failures += 1
-            logger.error("%s was not resumed: %s", address, error)  # noqa: TRY400 - the message is for people
+            logger.error("%s was not resumed: %s", target.address, outcome)
+        else:
+            logger.warning("%s", outcome)
     return 1 if failures else 0
 
 

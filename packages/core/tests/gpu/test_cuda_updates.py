@@ -67,8 +67,6 @@ def wanted(rank: int, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[BareEngine]:
-    if torch.cuda.device_count() == 0:
-        pytest.skip("needs 1 CUDA device, torch sees 0")
     with BareEngine(make_worker, WORLD) as engine:
         yield engine
 

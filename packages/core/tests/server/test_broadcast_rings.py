@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -76,7 +77,7 @@ def test_on_cpus_there_is_nothing_to_say() -> None:
 
 
 def test_a_kept_ring_counts_as_free_and_a_budget_does_not_grow_by_it() -> None:
-    rings, needs = RingHost("127.0.0.1"), needs_of("a", "b", budget=1000)
+    rings, needs = RingHost("127.0.0.1", "127.0.0.1"), needs_of("a", "b", budget=1000)
     rings.note(needs, placed(needs, 2), 300)
     assert rings.budget_bytes("a", 700) == 1000
     assert rings.budget_bytes("a", 850) == 1000
@@ -111,7 +112,7 @@ def test_holders_without_the_gpu_fall_back_to_rings_in_host_memory(pool: HolderP
     needs = needs_of("GPU-of-nobody", "GPU-of-nobody-else")
     plan = Planner().plan(manifests, needs, UpdateSettings(route="broadcast"))
     assert plan.broadcast is not None
-    rings = RingHost("127.0.0.1")
+    rings = RingHost("127.0.0.1", "127.0.0.1")
     run = BroadcastRun(plan.broadcast, pool.peers, rings, placed(needs, 2))
     addresses = [manifest.holder for manifest in manifests]
     found = run.start(1, needs, addresses, Deadlines())
@@ -124,3 +125,12 @@ def test_holders_without_the_gpu_fall_back_to_rings_in_host_memory(pool: HolderP
         assert not rings.on_gpus(("GPU-of-nobody", "GPU-of-nobody-else"))
     finally:
         assert run.cancel() is None
+
+
+def test_members_are_told_the_address_that_others_reach() -> None:
+    """Not the one that is listened on, which on another host is that host."""
+    rings = RingHost("0.0.0.0", "127.0.0.2")
+    host, _, port = rings.address([1, 2]).rpartition(":")
+    assert host == "127.0.0.2"
+    with socket.create_connection((host, int(port)), 5):
+        pass

@@ -6,47 +6,25 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from headrace.geometry import Box
-from headrace.protocols import SourceRegion
 from headrace.server.parameter_server import ParameterServer
 from headrace.testing import shapes
 from headrace.testing.bare_engine import BareEngine
-from headrace.testing.holding_crew import HoldingCrew
+from headrace.testing.holding_crew import HoldingCrew, PartSource
 from headrace.testing.recipe_backend import RecipeBackend
-from headrace.types import ParamTable, WorkerId
+from headrace.types import WorkerId
 
 SHAPE = shapes.ModelShape(layers=2, hidden=48, vocab=256, heads=6, kv_heads=6, head_dim=8, intermediate=96)
 PARAMS = shapes.params_of(SHAPE)
 
 
-class NumberedSource:
-    """Every element of a tensor is the version; one part has every `parts`th tensor."""
-
-    def __init__(self, part: int, parts: int, version: Any) -> None:
-        self._version = version
-        self._regions = [SourceRegion(m.name, Box.whole(m.shape)) for m in list(PARAMS)[part::parts]]
-
-    def metadata(self) -> ParamTable:
-        return PARAMS
-
-    def regions(self) -> Sequence[SourceRegion]:
-        return self._regions
-
-    def read(self, _region: SourceRegion, out: memoryview) -> None:
-        torch.frombuffer(out, dtype=torch.bfloat16).fill_(self._version.value)
-
-    def close(self) -> None:
-        pass
-
-
-def make_part(part: int, parts: int, version: Any) -> NumberedSource:
-    return NumberedSource(part, parts, version)
+def make_part(part: int, parts: int, version: Any) -> PartSource:
+    """Every element of every tensor is the version."""
+    return PartSource(PARAMS, part, parts, lambda meta: torch.full(meta.shape, version.value, dtype=torch.bfloat16))
 
 
 def make_worker(worker: WorkerId, world_size: int) -> RecipeBackend:

@@ -24,7 +24,7 @@ def silent() -> None:
 
 
 def test_members_take_turns_in_telling() -> None:
-    _store, address = serve_store("127.0.0.1")
+    _store, address = serve_store("127.0.0.1", "127.0.0.1")
     first, second = member(address), member(address)
     for number in range(6):
         teller, waiter = (first, second) if number % 2 else (second, first)
@@ -39,7 +39,7 @@ def test_members_take_turns_in_telling() -> None:
 
 
 def test_what_was_told_before_is_heard() -> None:
-    _store, address = serve_store("127.0.0.1")
+    _store, address = serve_store("127.0.0.1", "127.0.0.1")
     first, second = member(address), member(address)
     for _ in range(3):
         first.tell()
@@ -48,7 +48,7 @@ def test_what_was_told_before_is_heard() -> None:
 
 
 def test_a_wait_ends_when_it_is_told_to() -> None:
-    _store, address = serve_store("127.0.0.1")
+    _store, address = serve_store("127.0.0.1", "127.0.0.1")
 
     def cancelled() -> None:
         raise PeerLostError("cancelled")

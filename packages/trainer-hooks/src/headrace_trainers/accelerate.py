@@ -34,7 +34,7 @@ def attach(
         model: What `prepare` returned.
         optimizer: What `prepare` returned.
         to: Engines, such as `vllm=http://host:8000`.
-        choices: Fields of `HookSettings`, and `step`.
+        choices: Fields of `HookSettings`, and `step`, which DeepSpeed counts itself.
 
     Raises:
         ConfigError: A choice makes no sense, or a parameter cannot be published.
@@ -45,5 +45,6 @@ def attach(
 
     choices.setdefault("report", log)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        choices.pop("step", None)
         return attach_engine(model, to=to, **choices)
     return plain.attach(model, optimizer, to=to, **choices)

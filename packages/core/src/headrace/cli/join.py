@@ -13,6 +13,7 @@ from headrace.cli.console import format_bytes, format_seconds, print_json, stdou
 from headrace.cli.hold import stay
 from headrace.cli.members import FromOptions, invitation_of, with_cpus, with_nics
 from headrace.cli.options import (
+    AsJson,
     BudgetGib,
     Ca,
     Certificate,
@@ -58,7 +59,7 @@ def join(
     ca: Ca = None,
     cert: Certificate = None,
     insecure: Insecure = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring the version that others hold into new engines of this host; nobody who serves is disturbed."""
     from headrace.cli.progress import UpdateProgress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,16 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="Do not check engines
 Checkpoint = Annotated[Path, typer.Option(help="Folder or file of safetensors.")]
 Route = Annotated[str, typer.Option(help="auto, direct or broadcast.")]
 Transport = Annotated[str, typer.Option(help="auto, memory or tcp.")]
+Cache = Annotated[str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")]
+Barrier = Annotated[
+    str,
+    typer.Option(help="pause: the engine's own; hold: inside one call to its workers; auto: hold where it can be."),
+]
+Verify = Annotated[str, typer.Option(help="none, digest or full.")]
+Version = Annotated[int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")]
+Rolling = Annotated[
+    bool, typer.Option("--rolling", help="Pause engines one after another, so that the fleet never stops.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse source names that nothing uses.")]
 Holders = Annotated[
     int | None, typer.Option(min=1, help="Holder processes; default 1, for broadcast 1 per worker.")
@@ -42,7 +52,14 @@ BudgetGib = Annotated[
 ]
 BucketMib = Annotated[float, typer.Option(help="Size of one bucket.")]
 ReadyS = Annotated[float, typer.Option(help="How long to wait for an engine that is not up yet.")]
+Trace = Annotated[Path | None, typer.Option(help="Write Chrome trace events (Perfetto).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 ReportFile = Annotated[Path | None, typer.Option(help="Write the report as JSON.")]
+
+
+def unchecked(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says what is allowed
+    """Return an option that takes one of a few words, for a field whose type is those words."""
+    return value
 
 
 def engine_targets(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from headrace.cli.options import (
     ToOption,
     Transport,
     engine_targets,
+    unchecked,
 )
 from headrace.cli.render import way_json
 from headrace.cli.simulated_fabric import fabric_json, fabric_table, is_fabric, predictions
@@ -80,7 +81,7 @@ def plan(
             "a plan needs a --checkpoint, or a --simulate that names gb=SIZE", name="checkpoint"
         )
     settings = UpdateSettings(
-        route=_any(route),
+        route=unchecked(route),
         transport=transport,
         version=version,
         strict=strict,
@@ -108,10 +109,6 @@ def _print_fabric(spec: str, *, as_json: bool) -> None:
         print_json(fabric_json(found))
     else:
         stdout().print(fabric_table(found))
-
-
-def _any(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says what is allowed
-    return value
 
 
 def _simulated(checkpoint: Path, spec: str, settings: UpdateSettings, holders: int | None) -> PlanReport:

@@ -6,15 +6,9 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.console import stdout
-from headrace.cli.options import (
-    Ca,
-    Certificate,
-    Headers,
-    Insecure,
-    To,
-    engine_targets,
-)
+from headrace.cli.console import show_error, stdout
+from headrace.cli.options import Ca, Certificate, Headers, Insecure, To, engine_targets
+from headrace.errors import HeadraceError
 
 
 def register(app: typer.Typer) -> None:
@@ -32,12 +26,15 @@ def resume(
 ) -> None:
     """Resume engines that an updater left paused; one whose ranks hold different weights stays paused."""
     from headrace.config import host_settings
-    from headrace.recovery import recover
-    from headrace.registry import engine_control
+    from headrace.recovery import recover_all
 
-    for target in engine_targets(to, header, ca, cert, insecure):
-        control = engine_control(target)
-        try:
-            stdout().print(recover(control, host_settings(), deadline_s), markup=False)
-        finally:
-            control.close()
+    errors: list[HeadraceError] = []
+    for _, outcome in recover_all(engine_targets(to, header, ca, cert, insecure), host_settings(), deadline_s):
+        if isinstance(outcome, HeadraceError):
+            errors.append(outcome)
+        else:
+            stdout().print(outcome, markup=False)
+    for error in errors[1:]:
+        show_error(error, debug=False)
+    if errors:
+        raise errors[0]

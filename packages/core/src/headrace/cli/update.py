@@ -6,16 +6,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace.cli.console import print_json, stdout
 from headrace.cli.hold import stay
 from headrace.cli.options import (
+    AsJson,
+    Barrier,
     BucketMib,
     BudgetGib,
     Ca,
+    Cache,
     Certificate,
     Checkpoint,
     Headers,
@@ -23,11 +26,16 @@ from headrace.cli.options import (
     Insecure,
     ReadyS,
     ReportFile,
+    Rolling,
     Route,
     Strict,
     To,
+    Trace,
     Transport,
+    Verify,
+    Version,
     engine_targets,
+    unchecked,
 )
 from headrace.cli.render import print_report, report_json
 from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
@@ -48,45 +56,34 @@ def update(
     to: To,
     route: Route = "auto",
     transport: Transport = "auto",
-    cache: Annotated[
-        str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")
-    ] = "recompute",
-    barrier: Annotated[
-        str,
-        typer.Option(help="pause: the engine's own; hold: inside one call to its workers; auto: hold where it can be."),
-    ] = "auto",
-    verify: Annotated[str, typer.Option(help="none, digest or full.")] = "digest",
-    version: Annotated[
-        int | None, typer.Option(help="Version to serve; default: the greatest served plus one.")
-    ] = None,
+    cache: Cache = "recompute",
+    barrier: Barrier = "auto",
+    verify: Verify = "digest",
+    version: Version = None,
     strict: Strict = False,
-    rolling: Annotated[
-        bool,
-        typer.Option("--rolling", help="Pause engines one after another, so that the fleet never stops."),
-    ] = False,
+    rolling: Rolling = False,
     holders: Holders = None,
     budget_gib: BudgetGib = None,
     bucket_mib: BucketMib = 64.0,
     keep_held: Annotated[
-        bool,
-        typer.Option("--keep-held", help="Afterwards stay, and give the weights to instances that join."),
+        bool, typer.Option("--keep-held", help="Afterwards stay, and give the weights to instances that join.")
     ] = False,
     ready_s: ReadyS = 600.0,
-    trace: Annotated[Path | None, typer.Option(help="Write Chrome trace events (Perfetto).")] = None,
+    trace: Trace = None,
     report: ReportFile = None,
     header: Headers = None,
     ca: Ca = None,
     cert: Certificate = None,
     insecure: Insecure = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Replace the weights of running engines by a checkpoint's, while they serve."""
     settings = UpdateSettings(
-        route=_any(route),
+        route=unchecked(route),
         transport=transport,
-        cache=_any(cache),
-        barrier=_any(barrier),
-        verify=_any(verify),
+        cache=unchecked(cache),
+        barrier=unchecked(barrier),
+        verify=unchecked(verify),
         version=version,
         strict=strict,
         rolling=rolling,
@@ -98,20 +95,20 @@ def update(
         if done is None:
             return
         made, server = done
-        if report is not None:
-            report.write_text(json.dumps(report_json(made), indent=2))
-        if trace is not None:
-            trace.write_text(json.dumps(chrome_trace(made.spans)))
-        if as_json:
-            print_json(report_json(made))
-        else:
-            print_report(stdout(), made)
+        _show(made, trace, report, as_json=as_json)
         if keep_held:
             stay(server, str(checkpoint), (), as_json=as_json)
 
 
-def _any(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says what is allowed
-    return value
+def _show(made: UpdateReport, trace: Path | None, report: Path | None, *, as_json: bool) -> None:
+    if report is not None:
+        report.write_text(json.dumps(report_json(made), indent=2))
+    if trace is not None:
+        trace.write_text(json.dumps(chrome_trace(made.spans)))
+    if as_json:
+        print_json(report_json(made))
+    else:
+        print_report(stdout(), made)
 
 
 @contextmanager

@@ -74,10 +74,14 @@ class RingHost:
     """What of the holders' broadcasts stays between updates: the group's rendezvous store, rings in GPU memory.
 
     The store is made anew when the group's members change or it broke.
+
+    Args:
+        bind_host: Address that this host's sockets listen on.
+        advertise_host: Address that holders are told to dial.
     """
 
-    def __init__(self, host: str) -> None:
-        self._host = host
+    def __init__(self, bind_host: str, advertise_host: str) -> None:
+        self._hosts = (bind_host, advertise_host)
         self._store: object | None = None
         self._address = ""
         self._members: tuple[int, ...] = ()
@@ -86,7 +90,7 @@ class RingHost:
     def address(self, members: Sequence[int]) -> str:
         """Return the store's address for holders with these process ids."""
         if self._store is None or self._members != tuple(members):
-            self._store, self._address = serve_store(self._host)
+            self._store, self._address = serve_store(*self._hosts)
             self._members = tuple(members)
             self._rings = {}
         return self._address

@@ -5,44 +5,77 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import asdict
 
 from headrace.config import EngineTarget
 
 
 class Guardian:
-    """The updater's handle of its guardian process; started once, before the first pause, and kept."""
+    """The updater's handle of its guardian process; started once, before the first pause, and kept. Thread-safe.
+
+    A guardian that has died is replaced when there is something to tell it.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._paused: dict[str, EngineTarget] = {}
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Start the process, if there is none; returns before it is up (its pipe already holds what is told)."""
-        if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-P", "-m", "headrace.recovery"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
 
     def paused(self, target: EngineTarget) -> None:
         """Say that this engine is about to be paused, and how it is reached."""
-        self._tell({"paused": asdict(target)})
+        with self._lock:
+            self._paused[target.address] = target
+            self._tell({"paused": asdict(target)})
 
     def resumed(self, target: EngineTarget) -> None:
         """Say that this engine needs no guardian any more (resumed, or paused for good reason)."""
-        self._tell({"resumed": target.address})
+        with self._lock:
+            self._paused.pop(target.address, None)
+            self._tell({"resumed": target.address})
 
     def close(self) -> None:
         """End the process; idempotent."""
-        if self._process is None or self._process.stdin is None:
-            return
-        self._process.stdin.close()
-        try:
-            self._process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        with self._lock:
+            self._end()
+
+    def _start(self) -> None:
+        self._end()
+        command = [sys.executable, "-P", "-m", "headrace.recovery"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        for target in self._paused.values():
+            self._write({"paused": asdict(target)})
 
     def _tell(self, message: dict[str, object]) -> None:
-        if self._process is not None and self._process.stdin is not None:
+        if self._process is not None and not self._write(message) and self._paused:
+            self._start()
+
+    def _write(self, message: dict[str, object]) -> bool:
+        """Return whether the process is there to read it."""
+        if self._process is None or self._process.stdin is None:
+            return False
+        try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None or process.stdin is None:
+            return
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -149,14 +149,26 @@ class HolderPool:
         return self.published
 
     def _watch_progress(self, progress: ProgressCallback | None) -> None:
-        """Add up what the holders say of how far they are with reading."""
+        """Add up what the holders say of how far they are with reading.
+
+        The callback runs in the thread that reads the hub, which must not end by it.
+        """
         done = dict.fromkeys((peer.key for peer in self.peers), (0, 0))
+
+        def tell() -> None:
+            nonlocal progress
+            if progress is None:
+                return
+            try:
+                progress("read", sum(d for d, _ in done.values()), sum(t for _, t in done.values()))
+            except Exception:
+                logger.exception("the progress callback failed; this update goes on without it")
+                progress = None
 
         def watch(peer: Peer) -> Callable[[wire.Progress], None]:
             def told(message: wire.Progress) -> None:
                 done[peer.key] = (message.done_bytes, message.total_bytes)
-                if progress is not None:
-                    progress("read", sum(d for d, _ in done.values()), sum(t for _, t in done.values()))
+                tell()
 
             return told
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from headrace import wire
 from headrace.config import EngineTarget, HostSettings, UpdateSettings, host_settings
 from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
@@ -29,7 +28,6 @@ from headrace.server.update import Kept, Update
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.tensors import TensorSource
 from headrace.telemetry import Span
-from headrace.types import WorkerId
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +77,7 @@ class ParameterServer:
             Planner(),
             Guardian(),
             {},
-            RingHost(self._host.bind_host),
+            RingHost(self._host.bind_host, self._host.advertise_host),
         )
         self._busy = threading.Lock()
 
@@ -131,7 +129,7 @@ class ParameterServer:
                 plan, manifests = update.plan_only()
             finally:
                 self._drop_broken_holders()
-            recipes = [(_worker_of(member), member.recipe) for member in update.members]
+            recipes = [(member.peer.receiver.worker, member.recipe) for member in update.members]
             seconds = {span.name: span.duration_s for span in update.recorder.spans}
             return plan_report(manifests, recipes, plan, version=update.version, plan_s=seconds["plan"])
 
@@ -275,7 +273,7 @@ def _worker_report(member: Member) -> WorkerReport:
     if plan is None:
         raise LocalProtocolError("a finished update has a plan for every receiver")
     return WorkerReport(
-        worker=_worker_of(member),
+        worker=member.peer.receiver.worker,
         route=plan.route,
         transport=plan.transport,
         why=plan.why,
@@ -289,10 +287,3 @@ def _worker_report(member: Member) -> WorkerReport:
         commit_s=seconds("copy", "load"),
         verify_s=seconds("verify"),
     )
-
-
-def _worker_of(member: Member) -> WorkerId:
-    hello = member.peer.hello
-    if not isinstance(hello, wire.ReceiverHello):
-        raise LocalProtocolError("a member of an update is a receiver")
-    return hello.worker

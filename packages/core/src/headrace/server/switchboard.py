@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from headrace.control.peers import Event, Lost, PeerId
 from headrace.errors import (
     FailureKey,
     HeadraceError,
+    LocalProtocolError,
     PeerLostError,
     RemoteFailure,
     RemoteProtocolError,
@@ -54,6 +55,17 @@ class Peer:
         if isinstance(hello, wire.ReceiverHello):
             return (hello.worker.instance, hello.worker.rank)
         return ("holder", hello.index)
+
+    @property
+    def receiver(self) -> wire.ReceiverHello:
+        """What a receiver said when it came.
+
+        Raises:
+            LocalProtocolError: This peer is none.
+        """
+        if not isinstance(self.hello, wire.ReceiverHello):
+            raise LocalProtocolError(f"{_label(self.key)} is no receiver")
+        return self.hello
 
     @property
     def lost(self) -> bool:
@@ -177,6 +189,7 @@ class Switchboard:
         self.hub = hub
         self._peers: dict[PeerId, Peer] = {}
         self._arrived: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+        self._given_up: frozenset[str] = frozenset()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._pump, name="headrace-switchboard", daemon=True)
         self._thread.start()
@@ -238,15 +251,25 @@ class Switchboard:
             return VersionSkewError(text, phase="enrol")
         return TransferTimeoutError(text, phase="enrol", retryable=True)
 
+    def give_up(self, tokens: Collection[str]) -> None:
+        """Wait no more for peers with these tokens: who has come, and who still does, is sent away."""
+        for token in tokens:
+            self.hub.revoke(token)
+        self._given_up = frozenset(tokens)
+        came: list[Peer] = []
+        while (peer := self._arrival(0.0)) is not None:
+            came.append(peer)
+        self._dismiss(came)
+
     def _dismiss(self, peers: Sequence[Peer]) -> None:
         """Send peers away; returns when receivers are free for another update, or do not answer."""
-        receivers = [peer for peer in peers if isinstance(peer.hello, wire.ReceiverHello)]
         for peer in peers:
-            peer.send(wire.Abort(reason="the update was given up") if peer in receivers else wire.Shutdown())
+            _send_away(peer)
         limit = time.monotonic() + DISMISS_S
-        for peer in receivers:
-            with suppress(HeadraceError):
-                peer.expect(wire.Aborted, limit - time.monotonic(), "abort")
+        for peer in peers:
+            if isinstance(peer.hello, wire.ReceiverHello):
+                with suppress(HeadraceError):
+                    peer.expect(wire.Aborted, limit - time.monotonic(), "abort")
         self.forget(peers)
 
     def forget(self, peers: Sequence[Peer]) -> None:
@@ -282,8 +305,20 @@ class Switchboard:
         if known is not None:
             known.deliver(message)
         elif isinstance(message, wire.ReceiverHello | wire.HolderHello):
-            peer = self._peers[peer_id] = Peer(self.hub, peer_id, message)
+            self._meet(Peer(self.hub, peer_id, message))
+
+    def _meet(self, peer: Peer) -> None:
+        if peer.hello.token in self._given_up:
+            _send_away(peer)
+            self.forget([peer])
+        else:
+            self._peers[peer.id] = peer
             self._arrived.put(peer)
+
+
+def _send_away(peer: Peer) -> None:
+    is_receiver = isinstance(peer.hello, wire.ReceiverHello)
+    peer.send(wire.Abort(reason="the update was given up") if is_receiver else wire.Shutdown())
 
 
 def ask_all(

@@ -17,7 +17,6 @@ from headrace.config import EngineTarget, UpdateSettings
 from headrace.control.keys import new_token
 from headrace.errors import (
     CapacityError,
-    FailureKey,
     HeadraceError,
     LocalProtocolError,
     ManifestMismatchError,
@@ -30,9 +29,10 @@ from headrace.recipe import LoadRecipe
 from headrace.server.barrier import choose_barriers
 from headrace.server.broadcast import BroadcastRun, Placement, RingHost, pair_with_holders
 from headrace.server.commit import Instance, Member, commit_instance, take_back
+from headrace.server.describing import Descriptions
 from headrace.server.guardian import Guardian
 from headrace.server.holders import HolderPool, ProgressCallback
-from headrace.server.switchboard import Peer, Switchboard, failed, gather
+from headrace.server.switchboard import Peer, Switchboard, gather
 from headrace.server.versions import next_version
 from headrace.telemetry import Recorder
 from headrace.types import ParamTable
@@ -73,25 +73,27 @@ class Update:
     ) -> None:
         self.id = token_hex(6)
         self.version = -1
-        self.first = False
         self.step: int | None = None
         self.recorder = Recorder("updater")
         self.instances = [Instance(control, target, new_token(), self.id) for control, target in controls]
         self._kept = kept
         self._settings = settings
-        self._metas = metas
         self._num_holders = num_holders
         self._progress = progress
+        self._descriptions = Descriptions(kept.recipes, kept.rings, settings, metas)
         self._needs: list[ReceiverNeeds] = []
-        self._needs_by_key: dict[FailureKey, ReceiverNeeds] = {}
         self._broadcast: BroadcastRun | None = None
-        self._asked = False
         self._calls = ThreadPoolExecutor(max_workers=2 * len(controls), thread_name_prefix="headrace-engine")
 
     @property
     def members(self) -> list[Member]:
         """All receivers, instance by instance, by rank."""
         return [member for instance in self.instances for member in instance.members]
+
+    @property
+    def first(self) -> bool:
+        """Whether a receiver met this source for the first time."""
+        return self._descriptions.first
 
     @property
     def holder_peers(self) -> list[Peer]:
@@ -166,21 +168,21 @@ class Update:
             for instance, count in zip(self.instances, counts, strict=True):
                 instance.num_receivers = count
                 hub.admit(instance.token, count)
+            tokens = {instance.token for instance in self.instances}
             try:
                 self._each(lambda i: i.control.enrol(self._ticket(i), limits.enrol_s))
-                tokens = {instance.token for instance in self.instances}
                 peers = self._kept.switchboard.arrivals(
                     sum(counts), lambda p: p.hello.token in tokens, limits.enrol_s, "receivers"
                 )
-            finally:
-                for instance in self.instances:
-                    hub.revoke(instance.token)
+            except BaseException:
+                self._kept.switchboard.give_up(tokens)
+                raise
         for instance in self.instances:
             instance.peers = sorted(
                 (p for p in peers if p.hello.token == instance.token), key=lambda peer: peer.key
             )
         self._refuse_busy(peers)
-        served = [_hello(peer).served_version for peer in peers]
+        served = [peer.receiver.served_version for peer in peers]
         self.version = next_version(served, self._settings.version, self._kept.holders.newest)
         return peers
 
@@ -189,7 +191,7 @@ class Update:
         return Ticket(self.id, hub.endpoint, hub.server_key, instance.token)
 
     def _refuse_busy(self, peers: Sequence[Peer]) -> None:
-        busy = next((hello for hello in map(_hello, peers) if hello.busy_with), None)
+        busy = next((peer.receiver for peer in peers if peer.receiver.busy_with), None)
         if busy is None:
             return
         for peer in peers:
@@ -199,79 +201,21 @@ class Update:
 
     def _publish(self, peers: Sequence[Peer]) -> list[Manifest]:
         """Have the holders read; receivers describe themselves meanwhile where the holders' addresses are known."""
-        devices = {_hello(peer).device_uuid or peer.key for peer in peers}
+        devices = {peer.receiver.device_uuid or peer.key for peer in peers}
         count = self._num_holders or (len(devices) if self._settings.route == "broadcast" else 1)
         holders = self._kept.holders
         with self._phase("read"):
             holders.ensure(count)
             if holders.addresses:
-                self._ask(peers, holders.addresses)
+                self._descriptions.ask(peers, holders.addresses)
             return holders.publish(self.version, self._settings.deadlines, self._progress)
 
-    def _ask(
-        self, peers: Sequence[Peer], holders: Sequence[HolderAddress], metas: ParamTable | None = None
-    ) -> None:
-        """Ask receivers what they need; `metas` for those that do not know the source's parameters."""
-        key, known = self._metas().key, tuple(self._kept.recipes)
-        message = wire.Describe(metas_key=key, metas=metas, holders=tuple(holders), known_recipes=known)
-        for peer in peers:
-            peer.send(message)
-        self._asked = True
-
     def _describe(self, peers: Sequence[Peer], holders: Sequence[HolderAddress]) -> None:
-        errors: dict[FailureKey, HeadraceError] = {}
         with self._phase("describe"):
-            if not self._asked:
-                self._ask(peers, holders)
-            wanting = [peer for peer in peers if self._wants_metas(peer, errors, holders)]
-            self._ask(wanting, holders, self._metas())
-            for peer in wanting:
-                self._wants_metas(peer, errors, holders)
+            needs = self._descriptions.collect(peers, holders)
         for instance in self.instances:
-            instance.members.sort(key=lambda member: member.peer.key)
-        if errors:
-            raise failed(errors, "describe")
-        self._needs = [self._needs_by_key[member.peer.key] for member in self.members]
-
-    def _wants_metas(
-        self, peer: Peer, errors: dict[FailureKey, HeadraceError], holders: Sequence[HolderAddress]
-    ) -> bool:
-        """Take one answer to Describe; True where the receiver asks for the source's parameters first."""
-        try:
-            answer = peer.expect(wire.Message, self._settings.deadlines.describe_s, "describe")
-        except HeadraceError as error:
-            errors[peer.key] = error
-            return False
-        if isinstance(answer, wire.Described):
-            self._note_needs(peer, answer, holders)
-        return isinstance(answer, wire.NeedMetas)
-
-    def _note_needs(self, peer: Peer, answer: wire.Described, holders: Sequence[HolderAddress]) -> None:
-        index = {holder.holder_id: i for i, holder in enumerate(holders)}
-        recipe = self._kept.recipes.get(answer.recipe_key) if answer.recipe is None else answer.recipe
-        if recipe is None:
-            text = f"{peer.key} names recipe {answer.recipe_key}, which nobody sent"
-            raise LocalProtocolError(text, phase="describe")
-        self._kept.recipes[answer.recipe_key] = recipe
-        self.first |= answer.first
-        instance = next(i for i in self.instances if i.token == peer.hello.token)
-        instance.members.append(Member(peer, recipe))
-        budget = self._settings.budget_bytes
-        self._needs_by_key[peer.key] = ReceiverNeeds(
-            worker=_hello(peer).worker,
-            recipe=recipe,
-            reachable=frozenset(index[name] for name in answer.reachable),
-            budget_bytes=self._free_bytes(peer, answer) if budget is None else budget,
-            reserved_bytes=answer.reserved_bytes if budget is None else min(answer.reserved_bytes, budget),
-            device=_hello(peer).device,
-            device_uuid=_hello(peer).device_uuid,
-        )
-
-    def _free_bytes(self, peer: Peer, answer: wire.Described) -> int:
-        """Return a worker's budget where none is set; a ring that a holder keeps on its GPU serves broadcasts again."""
-        if self._settings.route == "direct":
-            return _steady(answer.budget_bytes)
-        return _steady(self._kept.rings.budget_bytes(_hello(peer).device_uuid, answer.budget_bytes))
+            instance.members = [Member(peer, needs[peer.key].recipe) for peer in instance.peers]
+        self._needs = [needs[member.peer.key] for member in self.members]
 
     def _make_plan(self, manifests: Sequence[Manifest]) -> UpdatePlan:
         unused = self.unused_names()
@@ -416,18 +360,5 @@ class Update:
         return [future.result() for future in futures]
 
 
-def _steady(num_bytes: int) -> int:
-    """Round down to three significant bits: free memory flutters, and a plan holds for one budget."""
-    shift = max(0, num_bytes.bit_length() - 3)
-    return num_bytes >> shift << shift
-
-
 def _num_sums(member: Member) -> int:
     return len(member.recipe.targets) + (len(member.plan.opaque) if member.plan else 0)
-
-
-def _hello(peer: Peer) -> wire.ReceiverHello:
-    if not isinstance(peer.hello, wire.ReceiverHello):
-        text = f"{peer.key} is no receiver"
-        raise LocalProtocolError(text)
-    return peer.hello

@@ -1,4 +1,4 @@
-"""HoldingCrew: processes that each hold a part of one source, as a trainer's ranks do; for tests and benchmarks."""
+"""HoldingCrew: processes that each hold a part of one source, as a trainer's ranks do; and such a part, for tests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,48 @@ import torch
 
 from headrace.config import host_settings
 from headrace.errors import HeadraceError
+from headrace.geometry import Box
 from headrace.holder import Holder, HolderTicket
-from headrace.protocols import WeightSource
+from headrace.protocols import SourceRegion, WeightSource
 from headrace.testing.spawning import Reference, reference_of, resolve
+from headrace.types import ParamMeta, ParamTable
 
 SourceFactory = Callable[..., WeightSource]
 """Called in each process as `factory(part, parts, *args)`."""
+
+
+class PartSource:
+    """A WeightSource of one part: every `parts`th parameter from the `part`th on, whole, made anew at every read.
+
+    Args:
+        params: All parameters.
+        part: Which part.
+        parts: Number of parts.
+        make: Returns a parameter's tensor as it is now.
+    """
+
+    def __init__(
+        self, params: ParamTable, part: int, parts: int, make: Callable[[ParamMeta], torch.Tensor]
+    ) -> None:
+        self._params = params
+        self._metas = {meta.name: meta for meta in list(params)[part::parts]}
+        self._make = make
+
+    def metadata(self) -> ParamTable:
+        """Return all parameters."""
+        return self._params
+
+    def regions(self) -> Sequence[SourceRegion]:
+        """Return this part's."""
+        return [SourceRegion(meta.name, Box.whole(meta.shape)) for meta in self._metas.values()]
+
+    def read(self, region: SourceRegion, out: memoryview) -> None:
+        """Copy a parameter's bytes into `out`."""
+        made = self._make(self._metas[region.name]).reshape(-1).view(torch.uint8)
+        torch.frombuffer(out, dtype=torch.uint8).copy_(made)
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class HoldingCrew:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 ABORT_S = 5.0
 _FIRST_BYTES = 1 << 20
 _TURN_S = 0.25
+_ALL_INTERFACES = frozenset({"*", "0.0.0.0", "::"})  # noqa: S104 - what HEADRACE_BIND may be
 
 
 class BroadcastGroup(Protocol):
@@ -361,7 +362,13 @@ def _within(deadline_s: float, work: Callable[[], None], what: str) -> None:
         raise failures[0]
 
 
-def serve_store(host: str) -> tuple[object, str]:
-    """Open a rendezvous store on a free port; returns it (keep it alive) and its `host:port`."""
-    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    return store, f"{host}:{store.port}"
+def serve_store(bind_host: str, advertise_host: str) -> tuple[object, str]:
+    """Open a rendezvous store on a free port, on all interfaces; returns it (keep it alive) and what members dial.
+
+    Args:
+        bind_host: Where this process reaches itself, or a wildcard.
+        advertise_host: Where members on other hosts reach it.
+    """
+    own = "localhost" if bind_host in _ALL_INTERFACES else bind_host
+    store = dist.TCPStore(own, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    return store, f"{advertise_host}:{store.port}"
