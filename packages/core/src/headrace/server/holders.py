@@ -37,6 +37,10 @@ from headrace.types import I64
 logger = logging.getLogger(__name__)
 KEPT_LAYOUTS = 2
 STEP_ATTEMPTS = 8
+PROCESS_END_S = 5.0
+THREAD_END_S = 60.0
+"""A holder in this process unlocks its pages, tens of GB, and cannot be killed: interrupted by the interpreter's end it
+would take the process down with an abort."""
 ProgressCallback = Callable[[str, int, int], None]
 
 
@@ -245,11 +249,13 @@ class HolderPool:
         for peer in self.peers:
             if not peer.lost:
                 peer.send(wire.Shutdown())
-        limit = time.monotonic() + 5.0
+        limit = time.monotonic() + PROCESS_END_S
         for process in self._processes:
             self._end(process, limit)
         for thread in self._threads:
-            thread.join(max(0.0, limit - time.monotonic()))
+            thread.join(THREAD_END_S)
+            if thread.is_alive():
+                logger.warning("%s did not end within %.0f s and is left behind", thread.name, THREAD_END_S)
         self._switchboard.forget(self.peers)
         self._processes, self._threads, self.peers, self._known, self.newest = [], [], [], {}, None
         self.published = []
