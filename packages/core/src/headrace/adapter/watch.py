@@ -22,7 +22,7 @@ from headrace.recording import skeleton_of
 
 logger = logging.getLogger(__name__)
 _MAX_DEPTH = 4
-_SMALL_BYTES = 4096
+_SMALL_NUMEL = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def twin_of(model: nn.Module) -> nn.Module | None:
 
 
 def constructed(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the small parameters that a module was constructed with: not every checkpoint has its scales."""
+    """Return a module's scalars and their like as it was constructed: not every checkpoint has its scales."""
     return _constructed.get(module, {})
 
 
@@ -76,7 +76,7 @@ def was_rewritten(module: nn.Module, twin: nn.Module | None) -> bool:
 
 def _small(module: nn.Module) -> dict[str, torch.Tensor]:
     own = ((name, p) for name, p in module._parameters.items() if p is not None and not p.is_meta)
-    return {name: p.detach().clone() for name, p in own if p.nbytes <= _SMALL_BYTES}
+    return {name: p.detach().clone() for name, p in own if p.numel() <= _SMALL_NUMEL}
 
 
 def _watch_method(method: Any) -> None:  # noqa: ANN401 - the engine's quantisation method
