@@ -14,6 +14,7 @@ pytest.importorskip("accelerate", reason="the session `trainers` of nox installs
 from framework_runs import FLOAT, hugging_face
 from trainer_world import batch, compare, gathered, join, join_by_environment, load, optimizer_of
 
+from headrace.errors import HeadraceError
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
 
@@ -28,6 +29,31 @@ def hf_alone(_rank: int, _world_size: int, url: str, folder: Path, out: Path) ->
 @pytest.mark.timeout(150)
 def test_trainer_of_hugging_face(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
     run_ranks(hf_alone, 1, 100, engine.url, folder, tmp_path)
+
+
+def hf_again(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer, callback, found = hugging_face(folder, out, url)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    left = callback.hook
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+    with pytest.raises(HeadraceError, match="closed"):
+        left._publisher.ask()
+    assert found == []
+
+
+@pytest.mark.timeout(150)
+def test_a_trainer_that_was_interrupted_trains_again(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
+    """With one hook: that of the run that broke off is let go."""
+    run_ranks(hf_again, 1, 100, engine.url, folder, tmp_path)
 
 
 def hf_zero(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path, stage: int) -> None:

@@ -53,6 +53,8 @@ class HeadraceCallback(TrainerCallback):  # type: ignore[misc] # has no types
         Raises:
             ConfigError: A parameter cannot be published.
         """
+        if self.hook is not None:  # the last run broke off, of which no callback is told
+            self.hook.close(publish=False)
         optimizer: Any = kwargs["optimizer"]
         self.hook = Hook(cast("nn.Module", kwargs["model"]), self.settings, step=state.global_step)
         self._is_deepspeed = isinstance(optimizer, DeepSpeedOptimizerWrapper)
