@@ -18,20 +18,32 @@ class PagesAhead:
     """Brings in the pages of writable flat blocks: all by a background thread, some sooner by who needs them.
 
     Use as a context: the thread has ended when the context has, and nothing is made any more.
+
+    Args:
+        blocks: Flat memory.
+        at_once: Begin before anybody needs any.
     """
 
-    def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
+    def __init__(self, blocks: Sequence[torch.Tensor], *, at_once: bool = True) -> None:
         self._blocks = [block if block.device.type == "cpu" else block[:0] for block in blocks]
         self._begun: set[tuple[int, int]] = set()
         self._huge = True
+        self._at_once = at_once
+        self._begins = threading.Lock()
         self._stopped = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="headrace-pages", daemon=True)
 
     def need(self, block: int, begin: int, end: int) -> None:
         """Bring in the pages of bytes `[begin, end)` that nobody began with. Blocking, without the GIL."""
+        self._start()
         for chunk in range(begin // _CHUNK_BYTES, -(-end // _CHUNK_BYTES)):
             self._make(block, chunk)
+
+    def _start(self) -> None:
+        with self._begins:
+            if self._thread.ident is None:
+                self._thread.start()
 
     def _run(self) -> None:
         for index, block in enumerate(self._blocks):
@@ -48,7 +60,8 @@ class PagesAhead:
             self._huge = False
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        if self._at_once:
+            self._start()
         return self
 
     def __exit__(
@@ -56,5 +69,6 @@ class PagesAhead:
     ) -> None:
         with self._lock:
             self._stopped = True
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._blocks = []
