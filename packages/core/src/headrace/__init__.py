@@ -5,12 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from headrace.config import Deadlines, UpdateSettings
-from headrace.errors import HeadraceError, UpdateFailedError
-from headrace.report import UpdateReport, WorkerReport
-
 if TYPE_CHECKING:
+    from headrace.config import Deadlines, UpdateSettings
+    from headrace.errors import HeadraceError, UpdateFailedError
     from headrace.receiver import Receiver
+    from headrace.report import UpdateReport, WorkerReport
     from headrace.server.parameter_server import ParameterServer
 
 __all__ = [
@@ -24,12 +23,21 @@ __all__ = [
     "WorkerReport",
 ]
 
-_LAZY = {"ParameterServer": "headrace.server.parameter_server", "Receiver": "headrace.receiver"}
+_MODULES = {
+    "Deadlines": "config",
+    "HeadraceError": "errors",
+    "ParameterServer": "server.parameter_server",
+    "Receiver": "receiver",
+    "UpdateFailedError": "errors",
+    "UpdateReport": "report",
+    "UpdateSettings": "config",
+    "WorkerReport": "report",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import the roles, and with them torch and zmq, when they are first used."""
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    message = f"module 'headrace' has no attribute {name!r}"
-    raise AttributeError(message)
+    """Import what is asked for when it is first used: Mooncake's helpers do without numpy, others without torch."""
+    if name not in _MODULES:
+        message = f"module 'headrace' has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(import_module(f"headrace.{_MODULES[name]}"), name)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
-
-import numpy as np
+import weakref
 
 HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
-_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_PROT_READ, _PROT_WRITE = 1, 2
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.madvise.restype = ctypes.c_int
+libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = (
     ctypes.c_void_p,
@@ -43,16 +44,21 @@ class MappedMemory:
     """
 
     def __init__(self, fd: int, num_bytes: int, *, writable: bool, private: bool = False) -> None:
-        self._room = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=0)
-        self.address = round_up(np.frombuffer(self._room, np.uint8).ctypes.data, HUGE_PAGE)
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        flags = _MAP_FIXED | (mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
-        flags |= mmap.MAP_ANONYMOUS if fd < 0 else 0
-        placed = libc.mmap(self.address, num_bytes, protection, flags, fd, 0)
-        if placed != self.address:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        room = _map(None, num_bytes + HUGE_PAGE, 0, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        weakref.finalize(self, libc.munmap, room, num_bytes + HUGE_PAGE).atexit = False
+        self.address = round_up(room, HUGE_PAGE)
+        protection = _PROT_READ | (_PROT_WRITE if writable else 0)
+        flags = _MAP_FIXED | (_MAP_PRIVATE if private else _MAP_SHARED) | (_MAP_ANONYMOUS if fd < 0 else 0)
+        _map(self.address, num_bytes, protection, flags, fd)
         libc.madvise(self.address, num_bytes, _MADV_HUGEPAGE)
+
+
+def _map(address: int | None, num_bytes: int, protection: int, flags: int, fd: int) -> int:
+    placed: int = libc.mmap(address, num_bytes, protection, flags, fd, 0)
+    if placed == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return placed
 
 
 def round_up(number: int, unit: int) -> int:

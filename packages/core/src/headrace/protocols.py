@@ -350,7 +350,8 @@ class Transport(Protocol):
     """A way to read a holder's segments. Lives in the process that receives.
 
     Call order: 1. `open` per segment. 2. `submit`, `wait`, many times. 3. `close`.
-    Only reads: nobody writes into a peer's memory.
+    Only reads: nobody writes into a peer's memory. Blocks get their pages before they are read into, unless the class
+    says that it makes them itself: `makes_pages = True`.
     """
 
     @property

@@ -19,6 +19,7 @@ from headrace.errors import (
 )
 from headrace.manifest import SegmentDescriptor
 from headrace.segments import HostSegment, MappedSegment, available_memory_bytes, require_memory
+from headrace.segments.host import unsealed
 
 SIZE = 3 * 4096 + 100
 
@@ -52,6 +53,36 @@ def test_the_size_is_sealed() -> None:
         for size in (0, SIZE + 1):
             with pytest.raises(PermissionError):
                 os.ftruncate(owner.fd, size)
+
+
+def test_a_segment_can_be_written_by_its_descriptor_until_it_is_sealed() -> None:
+    with HostSegment(SIZE, sealed=False) as owner:
+        assert unsealed(owner.tensor) is owner
+        assert unsealed(owner.tensor[1:]) is None
+        content = bytes(range(1, 201)) * 30
+        owner.write(4000, memoryview(content))
+        assert owner.tensor[4000:10000].numpy().tobytes() == content
+        assert not owner.tensor[:4000].any()
+        assert not owner.tensor[10000:].any()
+        with pytest.raises(CapacityError):
+            owner.write(SIZE - 1, memoryview(b"12"))
+        owner.seal()
+        owner.seal()
+        assert unsealed(owner.tensor) is None
+        with pytest.raises(LocalProtocolError, match="sealed"):
+            owner.write(0, memoryview(b"1"))
+        with pytest.raises(TransportError, match="writable"):
+            MappedSegment(owner.fd, owner.descriptor, writable=True)
+        owner.tensor[0] = 7
+
+
+def test_a_closed_segment_is_written_no_more() -> None:
+    owner = HostSegment(SIZE, sealed=False)
+    memory = owner.tensor
+    owner.close()
+    assert unsealed(memory) is None
+    with pytest.raises(LocalProtocolError):
+        owner.write(0, memoryview(b"1"))
 
 
 def test_only_segments_for_peers_can_be_mapped_writable() -> None:

@@ -117,7 +117,7 @@ class Summer:
             return _device_sum(matrix, rows, columns)
         if words == 1:
             return torch.dot(matrix[:, 0], rows) * columns[0]
-        return torch.dot(torch.mv(matrix, columns), rows)
+        return torch.dot(_row_sums(matrix, columns), rows)
 
     def _row_factors(self, matrix: torch.Tensor, row: int, step: int) -> torch.Tensor:
         count = matrix.shape[0]
@@ -138,6 +138,11 @@ class Summer:
             flat.set_(storage, 0, (storage.nbytes() // kind.itemsize,), (1,))
             self._flat[block, kind] = flat
         return flat
+
+
+def _row_sums(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the matrix's product with a vector; numpy's takes half the time of torch's for such integers."""
+    return torch.from_numpy(np.einsum("ij,j->i", matrix.numpy(), columns.numpy()))
 
 
 def _device_sum(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -20,27 +20,38 @@ class PagesAhead:
     Use as a context: the thread has ended when the context has, and nothing is made any more.
 
     Args:
-        blocks: Those of other devices are left alone.
-        begin: Called in the thread before anything is made, to set its priority.
+        blocks: Flat memory; that of other devices is left alone.
+        prepare: Called in the thread before anything is made, to set its priority.
+        at_once: Begin before anybody needs any.
     """
 
-    def __init__(self, blocks: Sequence[torch.Tensor], begin: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, blocks: Sequence[torch.Tensor], prepare: Callable[[], None] | None = None, *, at_once: bool = True
+    ) -> None:
         self._blocks = [block if block.device.type == "cpu" else block[:0] for block in blocks]
         self._begun: set[tuple[int, int]] = set()
         self._huge = True
+        self._at_once = at_once
+        self._begins = threading.Lock()
         self._stopped = False
         self._lock = threading.Lock()
-        self._begin = begin
+        self._prepare = prepare
         self._thread = threading.Thread(target=self._run, name="headrace-pages", daemon=True)
 
     def need(self, block: int, begin: int, end: int) -> None:
         """Bring in the pages of bytes `[begin, end)` that nobody began with. Blocking, without the GIL."""
+        self._start()
         for chunk in range(begin // _CHUNK_BYTES, -(-end // _CHUNK_BYTES)):
             self._make(block, chunk)
 
+    def _start(self) -> None:
+        with self._begins:
+            if self._thread.ident is None:
+                self._thread.start()
+
     def _run(self) -> None:
-        if self._begin is not None:
-            self._begin()
+        if self._prepare is not None:
+            self._prepare()
         for index, block in enumerate(self._blocks):
             for chunk in range(-(-block.numel() // _CHUNK_BYTES)):
                 self._make(index, chunk)
@@ -55,7 +66,8 @@ class PagesAhead:
             self._huge = False
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        if self._at_once:
+            self._start()
         return self
 
     def __exit__(
@@ -63,5 +75,6 @@ class PagesAhead:
     ) -> None:
         with self._lock:
             self._stopped = True
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
         self._blocks = []

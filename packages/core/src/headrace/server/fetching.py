@@ -23,7 +23,8 @@ from headrace.planner.holdings import Holdings
 from headrace.planner.join import join, restrict, uncovered, volumes
 from headrace.protocols import Transport
 from headrace.segments.ahead import PagesAhead
-from headrace.types import I32, I64, ITEMSIZES, ParamTable
+from headrace.server.whole import sums_of
+from headrace.types import I32, I64, ITEMSIZES, U64, ParamTable
 
 logger = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -43,8 +44,8 @@ class ReadSettings:
         attempts: How often a parameter whose sum is wrong is read: first from all holders, then from one after another.
     """
 
-    batch_bytes: int = 16 * MIB
-    lanes: int = 2
+    batch_bytes: int = 32 * MIB
+    lanes: int = 3
     open_s: float = 10.0
     patience_s: float = 10.0
     least_bytes_per_s: float = 2e6
@@ -62,16 +63,18 @@ class _Batch:
 
 @dataclass
 class Pieces:
-    """What is to be read: boxes, where they go, and who gave what has arrived (-1: nobody yet)."""
+    """What is to be read: boxes, where they go, who gave what has arrived (-1: nobody yet), and its sums."""
 
     table: RegionTable
     num_bytes: I64
     giver: I32
+    sums: U64
 
     @classmethod
     def of(cls, table: RegionTable, params: ParamTable) -> Self:
         """Nothing of it has arrived."""
-        return cls(table, _bytes_of(table, params), np.full(len(table), -1, np.int32))
+        sums = np.zeros(len(table), np.uint64)
+        return cls(table, _bytes_of(table, params), np.full(len(table), -1, np.int32), sums)
 
     def refine(self, rows: I64, parts: RegionTable, params: ParamTable) -> I64:
         """Put `parts` in the place of `rows`, which they cover; return their rows."""
@@ -79,6 +82,7 @@ class Pieces:
         self.table = RegionTable.concat([self.table.take(kept), parts])
         self.num_bytes = np.concatenate([self.num_bytes[kept], _bytes_of(parts, params)])
         self.giver = np.concatenate([self.giver[kept], np.full(len(parts), -1, np.int32)])
+        self.sums = np.concatenate([self.sums[kept], np.zeros(len(parts), np.uint64)])
         return np.arange(len(kept), len(self.table))
 
 
@@ -274,7 +278,7 @@ class Fetch:
             return None
 
     def _read(self, holder: int, batch: _Batch, work: _Work) -> None:
-        """Read one batch from one holder.
+        """Read one batch from one holder, and sum it up while it is in the CPU's cache and others are on their way.
 
         Raises:
             TransportError: The holder broke or was too slow.
@@ -282,14 +286,16 @@ class Fetch:
         way, settings, pieces = self._way(holder), self._settings, work.pieces
         codes = self._params.dtype_codes[pieces.table.param[batch.rows]]
         wanted = pieces.table.take(batch.rows)
-        work.landing.prepare(wanted, pieces.num_bytes[batch.rows])
+        if not getattr(way, "makes_pages", False):
+            work.landing.prepare(wanted, pieces.num_bytes[batch.rows])
         copies = make_copies(batch.sources[holder], wanted, codes, codes)
         copies, _ = finish(copies, np.zeros(len(copies), np.int64), 1)
         patience_s = settings.patience_s + batch.num_bytes / settings.least_bytes_per_s
         deadline_s = max(0.0, min(work.limit - time.monotonic(), patience_s))
         way.wait(way.submit(copies, self._manifests[holder].segments, work.landing.blocks), deadline_s)
+        sums = sums_of(self._params, wanted, work.landing.blocks)
         with self._lock:
-            pieces.giver[batch.rows] = holder
+            pieces.giver[batch.rows], pieces.sums[batch.rows] = holder, sums
             self._given[holder] = self._given.get(holder, 0) + batch.num_bytes
             self._told(self._given, work.total_bytes)
 

@@ -52,7 +52,7 @@ class JoinReport:
         update: The update of the engines.
         from_holders: Bytes that each holder gave, by its name.
         transports: Transport that was used for each holder.
-        seconds: What getting the version took: `reach` holders, `read` from them, `check` sums.
+        seconds: What getting the version took: `reach` holders, `read` from them and sum it up.
         attempts: How many versions were begun until one was whole.
     """
 

@@ -17,7 +17,7 @@ from headrace.planner.ring import cut
 from headrace.protocols import SourceRegion, Transport
 from headrace.segments.ahead import PagesAhead
 from headrace.server.fetching import Fetch, Landing, Pieces, ReadSettings
-from headrace.server.whole import params_of, sums_of, whole_regions
+from headrace.server.whole import params_of, whole_regions
 from headrace.types import I64, ITEMSIZES, ParamTable
 from headrace.wire import Offer
 
@@ -29,8 +29,8 @@ class PeerSource:
     """One version, as a WeightSource whose holders are elsewhere. Lives in the joiner; only reads.
 
     Reads are spread over all holders. A holder that breaks or hangs is left out, and what it still owed is read from
-    others; who is done early takes over from who is late. Afterwards every parameter's sum is compared with what the
-    holders said, and what differs is read again from others.
+    others; who is done early takes over from who is late. Sums are made of what has come while the rest is on its way;
+    at the end every parameter's is compared with what the holders said, and what differs is read again from others.
 
     Args:
         offer: Who holds what, and the sums.
@@ -39,7 +39,7 @@ class PeerSource:
         told: Called now and then with the bytes that each holder gave, by name, and the bytes in all.
 
     Attributes:
-        seconds: What `fill` took: `reach` holders, `read` from them, `check` sums.
+        seconds: What `fill` took: `reach` holders, `read` from them and sum it up.
     """
 
     def __init__(
@@ -108,15 +108,13 @@ class PeerSource:
         total = int((volumes(real.shape) * sizes).sum())
         fetch = Fetch(self._manifests, self._params, self._way, self._settings, self._teller(progress))
         table, _ = cut(real, sizes, fetch.batch_bytes(total))
-        pieces, wrong, check_s = Pieces.of(table, self._params), np.zeros(0, np.int64), 0.0
+        pieces, wrong = Pieces.of(table, self._params), np.zeros(0, np.int64)
         order = list(range(len(self._manifests)))
         for attempt in range(self._settings.attempts):
-            with PagesAhead(blocks) as memory:
+            with PagesAhead(blocks, at_once=False) as memory:
                 fetch.run(pieces, Landing(blocks, memory), limit)
-            begin = time.monotonic()
-            wrong = self._wrong(real, blocks)
-            check_s += time.monotonic() - begin
-            self.seconds = {"reach": fetch.reach_s, "read": fetch.read_s, "check": check_s}
+            self.seconds = {"reach": fetch.reach_s, "read": fetch.read_s}
+            wrong = self._wrong(pieces)
             if not len(wrong):
                 return
             bad = np.isin(pieces.table.param, wrong)
@@ -141,7 +139,8 @@ class PeerSource:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _wrong(self, regions: RegionTable, blocks: Sequence[torch.Tensor]) -> I64:
-        found = sums_of(self._params, regions, blocks)
-        asked = np.unique(regions.param)
+    def _wrong(self, pieces: Pieces) -> I64:
+        found = np.zeros(len(self._params), np.uint64)
+        np.add.at(found, pieces.table.param, pieces.sums)
+        asked = np.unique(pieces.table.param)
         return np.asarray(asked[found[asked] != self._sums[asked]], np.int64)

@@ -58,10 +58,11 @@ def sum_tables(manifests: Sequence[Manifest]) -> dict[int, DigestTable]:
 
 
 def sums_of(params: ParamTable, regions: RegionTable, blocks: Sequence[torch.Tensor]) -> U64:
-    """Return the sum of every parameter from regions in memory here, shape (len(params),)."""
+    """Return the sum of every region in memory here, shape (len(regions),); those of a parameter add up to its own."""
     codes = params.dtype_codes[regions.param]
-    table = digest_table(regions, params, param_ndims(params), codes, codes, regions.param)
-    return digest(table, blocks, num_groups=len(params))
+    rows = np.arange(len(regions), dtype=np.int32)
+    table = digest_table(regions, params, param_ndims(params), codes, codes, rows)
+    return digest(table, blocks, num_groups=len(regions))
 
 
 def check_equal(one: Offer, other: Offer, who: str) -> None:

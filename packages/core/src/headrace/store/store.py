@@ -96,21 +96,29 @@ class _SegmentSet:
         require_memory(sum(layout.segment_bytes), f"a version in holder {holder}")
         self.layout = layout
         self._lender = lender
+        self._is_lent = False
         self.segments: list[HostSegment] = []
         try:
             for size in layout.segment_bytes:
-                self.segments.append(HostSegment(size, what))
+                self.segments.append(HostSegment(size, what, sealed=False))
         except BaseException:
             self.close()
             raise
         self.regions = layout.region_table()
-        if lender is not None:
-            for segment in self.segments:
-                lender.lend(segment)
 
     @property
     def descriptors(self) -> tuple[SegmentDescriptor, ...]:
         return tuple(segment.descriptor for segment in self.segments)
+
+    def lend(self) -> None:
+        """Seal the segments and lend them, when they have been filled for the first time; idempotent."""
+        if self._is_lent:
+            return
+        for segment in self.segments:
+            segment.seal()
+            if self._lender is not None:
+                self._lender.lend(segment)
+        self._is_lent = True
 
     def bytes_of(self, slot: Slot) -> memoryview:
         tensor = self.segments[slot.segment].tensor[slot.begin : slot.begin + slot.num_bytes]
@@ -118,7 +126,7 @@ class _SegmentSet:
 
     def close(self) -> None:
         for segment in self.segments:
-            if self._lender is not None:
+            if self._is_lent and self._lender is not None:
                 self._lender.withdraw(segment.descriptor.segment_id)
             segment.close()
 
@@ -267,6 +275,7 @@ class Store:
         holder = HolderAddress(self._name)
         manifest = Manifest(holder, version, layout.params, chosen.descriptors, chosen.regions)
         published = PublishedVersion(version, manifest, layout.num_bytes, seconds)
+        chosen.lend()
         with self._lock:
             if not self._closed:
                 self._held[version] = (chosen, published)

@@ -13,7 +13,8 @@ from headrace.plan import CopyTable
 from headrace.segments.cuda import MappedCudaSegment
 from headrace.segments.host import MappedSegment
 from headrace.segments.lending import borrow
-from headrace.transports.program import CopyProgram
+from headrace.transports.landing import land
+from headrace.transports.program import CopyProgram, real_copies
 
 
 class MemoryTransport:
@@ -21,6 +22,8 @@ class MemoryTransport:
 
     A mapping stays readable after its holder has died, so that a commit can be finished.
     """
+
+    makes_pages = True
 
     def __init__(self) -> None:
         self._mapped: dict[str, MappedSegment | MappedCudaSegment] = {}
@@ -85,7 +88,11 @@ class MemoryTransport:
             PlanError: A copy reaches outside its memory.
             LocalProtocolError: A segment was not opened.
         """
-        CopyProgram(copies, [self.mapped(segment.segment_id) for segment in segments], blocks).run()
+        sources = [self.mapped(segment.segment_id) for segment in segments]
+        if any(source.is_cuda for source in sources):
+            CopyProgram(copies, sources, blocks).run()
+        else:
+            land(real_copies(copies, segments, blocks), sources, blocks)
         with self._lock:
             self._check_open()
             self._next_job += 1

@@ -24,18 +24,17 @@ from headrace.plan import CopyTable
 from headrace.segments import HostSegment
 from headrace.segments.ahead import PagesAhead
 from headrace.transports import mooncake_reader
-from headrace.transports.binding import bind_copies
 from headrace.transports.jobs import ReadBoard
+from headrace.transports.landing import land
 from headrace.transports.mooncake_engine import missing
 from headrace.transports.mooncake_process import Answer, HelperProcess
 from headrace.transports.mooncake_reads import StagedReads, staged_reads
 from headrace.transports.program import real_copies
 
 logger = logging.getLogger(__name__)
-SLOT_BYTES = 16 << 20
+SLOT_BYTES = 32 << 20
 NUM_SLOTS = 6
 LEAST_SLOTS = 3
-_COPY_S = 60.0
 _SLOT_S = 60.0
 
 
@@ -50,6 +49,8 @@ class MooncakeTransport:
         host: Address and NICs of this host; None reads the environment.
         slot_bytes: Most bytes of one batch.
     """
+
+    makes_pages = True
 
     def __init__(self, host: HostSettings | None = None, slot_bytes: int = SLOT_BYTES) -> None:
         self._host = host or host_settings()
@@ -243,7 +244,7 @@ class _Staging:
             self._segment.close()
             raise
         self._memory = self._segment.tensor
-        self._free = list(range(NUM_SLOTS))
+        self._free = list(reversed(range(NUM_SLOTS)))  # the first ones have their pages
         self._retired = 0
         self._changed = threading.Condition()
         self.closed = False
@@ -266,9 +267,7 @@ class _Staging:
             good = True
             memory = self._memory[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
             with job.landing():
-                program = bind_copies(read.batch.copies, [memory], job.blocks)
-                program.run()
-                program.finish(_COPY_S)
+                land(read.batch.copies, [memory], job.blocks)
         finally:
             with self._changed:
                 if good:

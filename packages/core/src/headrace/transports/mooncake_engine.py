@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from headrace.errors import (
@@ -59,9 +62,21 @@ def missing() -> str:
     return ""
 
 
-def quiet_environment() -> dict[str, str]:
-    """Return variables for a helper process: errors only in its log, transfers that end."""
-    return {"MC_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "3", "MC_TRANSFER_TIMEOUT": str(TRANSFER_TIMEOUT_S)}
+def helper_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a helper process: errors only in its log, transfers that end, connections that stay.
+
+    One connection to a peer takes one transfer after another, so there is no pause between them, and each ends as early
+    as it can. Whoever starts the process may choose otherwise. What waits is not refused, as Mooncake would more than
+    1,024.
+    """
+    connections = {"MC_TCP_ENABLE_CONNECTION_POOL": "1", "MC_TCP_LANES_PER_PEER": "1"}
+    fixed = {
+        "MC_LOG_LEVEL": "ERROR",
+        "GLOG_minloglevel": "3",
+        "MC_TRANSFER_TIMEOUT": str(TRANSFER_TIMEOUT_S),
+        "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
+    }
+    return {**connections, **own, **fixed}
 
 
 def check(code: int, what: str) -> None:
@@ -95,11 +110,10 @@ class Mooncake:
     def __init__(self, host: str, nics: Sequence[str] = ()) -> None:
         require_mooncake()
         try:
-            from mooncake.engine import TransferEngine  # noqa: PLC0415 - starts threads, so only where it is used
+            self._engine: Any = _load().TransferEngine()
         except ImportError as error:
             message = f"Mooncake cannot be loaded: {error}; pip install 'headrace[p2p]', apt-get install libibverbs1"
             raise BackendUnavailableError(message, name="mooncake") from error
-        self._engine: Any = TransferEngine()
         self.uses_rdma = bool(nics)
         protocol = "rdma" if nics else "tcp"
         code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, ",".join(nics))
@@ -157,6 +171,14 @@ class Mooncake:
                 time.sleep(min(max(waited_s / 8, _LEAST_SLEEP_S), _MOST_SLEEP_S))
             if state != _DONE:
                 check(state, what)
+
+
+def _load() -> ModuleType:
+    """Import the engine, which starts threads, without Mooncake's store, which its package would load."""
+    spec = importlib.util.find_spec("mooncake")
+    if spec is not None:
+        sys.modules.setdefault("mooncake", importlib.util.module_from_spec(spec))
+    return importlib.import_module("mooncake.engine")
 
 
 def map_memory(fd: int, num_bytes: int, *, writable: bool, private: bool = False) -> MappedMemory:

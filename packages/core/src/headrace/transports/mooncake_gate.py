@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from headrace.config import HostSettings
 from headrace.errors import ConnectError
 from headrace.mapping import MappedMemory
 from headrace.transports.mooncake_engine import (
@@ -17,6 +16,9 @@ from headrace.transports.mooncake_engine import (
     map_memory,
 )
 from headrace.transports.mooncake_process import Answer, HelperProcess, serve
+
+if TYPE_CHECKING:
+    from headrace.config import HostSettings
 
 _SHOW_S = 300.0
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from headrace.errors import ConnectError, HeadraceError, PeerLostError, RemoteFailure, TransferTimeoutError
-from headrace.transports.mooncake_engine import quiet_environment, require_mooncake
+from headrace.transports.mooncake_engine import helper_environment, require_mooncake
 
 logger = logging.getLogger(__name__)
 START_S = 60.0
@@ -57,7 +57,7 @@ class HelperProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
-            env=os.environ | quiet_environment(),
+            env=helper_environment(os.environ),
             pass_fds=tuple(pass_fds),
         )
         self.pid = self._process.pid

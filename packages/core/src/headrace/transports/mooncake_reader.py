@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from headrace.errors import ConnectError, PeerLostError
 from headrace.mapping import MappedMemory
@@ -37,9 +36,8 @@ class ReaderEngine:
         session = str(request["session"])
         if "ranges" not in request:
             return {"segments": self._look(session)}
-        ranges = np.frombuffer(request["ranges"], np.int64).reshape(-1, 3)
-        ranges = ranges + np.array([self._staging, 0, 0])
-        self._engine.read(session, [(int(own), int(peer), int(size)) for own, peer, size in ranges.tolist()])
+        ranges = struct.iter_unpack("=qqq", request["ranges"])
+        self._engine.read(session, [(self._staging + own, peer, size) for own, peer, size in ranges])
         return {}
 
     def _look(self, session: str) -> dict[str, tuple[int, int]]:
