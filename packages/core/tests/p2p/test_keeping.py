@@ -15,7 +15,7 @@ import torch
 
 from headrace import wire
 from headrace.config import Deadlines, HostSettings
-from headrace.control.hub import Hub
+from headrace.control import Hub, new_token
 from headrace.errors import (
     ConfigError,
     HeadraceError,
@@ -25,6 +25,7 @@ from headrace.errors import (
     PeerLostError,
     TransportError,
 )
+from headrace.server.exchange import Exchange
 from headrace.server.fetching import ReadSettings
 from headrace.server.holders import HolderPool, SourceSpec
 from headrace.server.invitation import Invitation
@@ -279,3 +280,47 @@ def test_sums_do_not_depend_on_the_order_of_parameters(keep: Callable[..., Kept]
     turned = dict(reversed(list(weights(1).items())))
     two = keep(turned, one)
     assert not np.array_equal(two.publish(1).sums, np.zeros(0))
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    hub, token = Hub(HostSettings(socket_dir=tmp_path, permitted_uids=frozenset())), new_token()
+    hub.admit(token, 1)
+    with Membership(Invitation(hub.endpoint, hub.server_key, token), "patient") as member:
+        with pytest.raises(TransportError, match="does it still run"):
+            member.ask(lease=False, deadline_s=0.2)
+        peer, _ = [hub.receive(10.0).peer for _ in range(2)]
+        hub.send(peer, wire.Offer(1, (), np.zeros(0, np.uint64)))
+        hub.send(peer, wire.Standing((), ()))
+        assert member.standing(10.0) == wire.Standing((), ())
+    hub.close()
+
+
+def test_a_lease_holds_from_the_moment_it_is_given(tmp_path: Path) -> None:
+    """A version that comes while another lease is given up takes nothing away from who was just promised one."""
+
+    def replace(_version: int, pinned: bool) -> None:
+        if not pinned:
+            exchange.offer(offers[2])
+
+    offers = [wire.Offer(version, (), np.zeros(0, np.uint64)) for version in (1, 2, 3)]
+    with Exchange(HostSettings(socket_dir=tmp_path, permitted_uids=frozenset()), replace) as exchange:
+        exchange.offer(offers[0])
+        with Membership(exchange.invitation, "one") as member:
+            assert member.ask(lease=True).version == 1
+            exchange.offer(offers[1])
+            assert member.ask(lease=True).version == 2
+            assert member.ask(lease=False, version=2).version == 2
+            assert member.ask(lease=False).version == 3
+
+
+def test_a_partner_with_other_bytes_is_left_out_and_followed_on(keep: Callable[..., Kept]) -> None:
+    partner = keep(weights(2))
+    kept = keep(weights(1), partner)
+    kept.publish(1)
+    partner.publish(1)
+    assert kept.keeper is not None
+    kept.keeper._ask_partners()
+    assert {holder.of_member for holder in kept.standing.holders} == {""}
+    partner.publish(2, weights(3))
+    kept.keeper._ask_partners()
+    assert {holder.version for holder in kept.standing.holders} == {1, 2}

@@ -85,7 +85,8 @@ class Exchange:
     def offer(self, offer: wire.Offer) -> None:
         """Offer a version that is held here whole; who asks from now on gets it, versions before it are history."""
         with self._lock:
-            self._own = {v: o for v, o in self._own.items() if v in self._pinned} | {offer.version: offer}
+            leased = self._leased()
+            self._own = {v: o for v, o in self._own.items() if v in leased} | {offer.version: offer}
 
     def adopt(self, keeper: str, offers: Sequence[wire.Offer]) -> None:
         """Offer what another keeper holds as well; in place of what it had before. Nothing where it is gone.
@@ -187,9 +188,9 @@ class Exchange:
                 )
                 raise LocalProtocolError(text, weight_version=version, retryable=True)
             manifests = {m.holder.holder_id: m for offer in found for m in offer.manifests}
+            if asked.lease:
+                member.lease, member.reading = version, None
         if asked.lease:
-            self._end_lease(member)
-            member.lease = version
             self._repin()
         return wire.Offer(version, tuple(manifests.values()), found[0].sums)
 
@@ -229,10 +230,14 @@ class Exchange:
             logger.info("member %s is gone: %s", member.name, reason)
             self._repin()
 
+    def _leased(self) -> set[int]:
+        """Return the versions that somebody reads; with the lock held."""
+        return {m.lease for m in self._members.values() if m.lease is not None}
+
     def _repin(self) -> None:
         """Have own versions kept that somebody reads, and no others."""
         with self._lock:
-            wanted = {m.lease for m in self._members.values() if m.lease is not None} & self._own.keys()
+            wanted = self._leased() & self._own.keys()
             changes = [(version, version in wanted) for version in sorted(wanted ^ self._pinned)]
             self._pinned = wanted
             newest = max(self._own, default=-1)

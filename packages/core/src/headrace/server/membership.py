@@ -36,6 +36,7 @@ class Membership:
         self._dialer.send(wire.MemberHello(token=invitation.token, name=name, pid=os.getpid()))
         self._lock = threading.Lock()
         self._told_s = 0.0
+        self._late = 0
 
     def ask(self, *, lease: bool, version: int | None = None, deadline_s: float = ANSWER_S) -> wire.Offer:
         """Return the newest version that is held, or the given one; with `lease` it stays until `end_lease`.
@@ -87,7 +88,7 @@ class Membership:
         with self._lock:
             self._dialer.send(message)
             try:
-                answer = self._dialer.receive(deadline_s)
+                answer = self._next_answer(time.monotonic() + deadline_s)
             except TransportError as error:
                 text = f"keeper {self.keeper}: {error}; does it still run, and are address and token its own?"
                 raise type(error)(text, name=self.keeper, phase="join") from error
@@ -97,3 +98,12 @@ class Membership:
             text = f"keeper {self.keeper} answered {type(message).__name__} with {type(answer).__name__}"
             raise RemoteProtocolError(text, name=self.keeper, phase="join")
         return answer
+
+    def _next_answer(self, limit: float) -> wire.AnyMessage:
+        """Return the answer to the message just sent: those to calls that have given up come before it."""
+        self._late += 1
+        while True:
+            answer = self._dialer.receive(max(0.0, limit - time.monotonic()))
+            self._late -= 1
+            if not self._late:
+                return answer
