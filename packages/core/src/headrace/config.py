@@ -28,7 +28,6 @@ class Deadlines:
     stage_s: float = 600.0
     pause_s: float = 60.0
     commit_s: float = 120.0
-    heartbeat_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from headrace.types import ParamTable
 _log = logging.getLogger(__name__)
 _MAX_THREADS = 8
 _TICK_S = 0.1
+_END_S = 10.0
 _COMPETING_NICE = 10
 # Small: a reader that gets no core any more keeps what it has begun.
 _TASK_BYTES = 8 << 20
@@ -378,7 +379,7 @@ class _Reading:
             self._stop.set()
             for pool in (readers, competing):
                 pool.shutdown(wait=False, cancel_futures=True)
-            left = max(0.0, min(end - time.monotonic(), Deadlines().heartbeat_s))
+            left = max(0.0, min(end - time.monotonic(), _END_S))
             wait(self._futures, timeout=left)
 
     def forget(self) -> bool:
