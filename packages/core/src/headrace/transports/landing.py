@@ -29,7 +29,7 @@ def land(copies: CopyTable, sources: Sequence[torch.Tensor], blocks: Sequence[to
     fresh = {i: unsealed(blocks[i]) for i in np.unique(copies.dst_block).tolist()}
     written = _dense(copies) & np.isin(copies.dst_block, [i for i, segment in fresh.items() if segment])
     rows = copies.take(written)
-    memory = [memoryview(source.numpy()) for source in sources] if len(rows) else []
+    memory = [source.numpy().data for source in sources] if len(rows) else []
     columns = (rows.dst_block, rows.dst_base, rows.src_block, rows.src_base, Rows.sources(rows).num_bytes)
     for block, begin, source, base, size in zip(*(column.tolist() for column in columns), strict=True):
         segment = fresh[block]
