@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -27,8 +29,9 @@ from headrace.errors import (
 from headrace.geometry import Box
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SourceRegion, WeightSource
-from headrace.segments import Lender, borrow
+from headrace.segments import Lender, ahead, borrow
 from headrace.store import CheckpointSource, Store, TensorSource
+from headrace.store import store as store_module
 from headrace.store.layout import ALIGN, Layout
 from headrace.types import DTYPES, ParamMeta, ParamTable, dtype_code
 
@@ -240,22 +243,61 @@ def test_a_reader_that_hangs_ends_at_the_deadline_and_its_memory_is_not_reused()
         check_version(store, source, 1)
 
 
-def test_readers_give_way_to_whoever_serves() -> None:
-    """Their priority is lower than that of the thread that publishes, which keeps its own."""
+def priority() -> tuple[int, int]:
+    """Return the calling thread's scheduling policy and niceness."""
+    return os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_readers_and_who_makes_memory_give_way_to_whoever_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run where nothing else does; the thread that publishes keeps its priority."""
 
     source, seen = pattern_source(), set()
+    read, make, own = source.read, ahead.make_pages, priority()
+
+    def watched(region: SourceRegion, out: memoryview) -> None:
+        seen.add(priority())
+        read(region, out)
+
+    def watched_pages(memory: torch.Tensor, *, huge: bool) -> bool:
+        seen.add(priority())
+        return make(memory, huge=huge)
+
+    monkeypatch.setattr(ahead, "make_pages", watched_pages)
+    source.read = watched  # type: ignore[method-assign]
+    with Store(source, "holder") as store:
+        store.publish(1)
+    assert seen == {(os.SCHED_IDLE, own[1])}
+    assert priority() == own
+
+
+def test_readers_that_get_no_core_are_joined_by_some_that_compete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the one core of this test a process computes without a break; idle threads get 3 of 1,027 parts of it."""
+
+    monkeypatch.setattr(store_module, "_PACE_S", 0.2)
+    before, seen = os.sched_getaffinity(0), []
+    size = 24 << 20
+    tensors = {f"w{i}": torch.full((size,), i, dtype=torch.uint8) for i in range(8)}
+    source = TensorSource(tensors)
     read = source.read
 
     def watched(region: SourceRegion, out: memoryview) -> None:
-        seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        seen.append(priority())
         read(region, out)
 
-    source.read = watched  # type: ignore[method-assign]
-    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    with Store(source, "holder") as store:
-        store.publish(1)
-    assert seen == {min(own + 10, 19)}
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+    monkeypatch.setattr(source, "read", watched)
+    os.sched_setaffinity(0, {min(before)})
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with Store(source, "holder", num_threads=2) as store:
+            store.publish(1)
+            held = store.tensors(1)
+            assert sorted({int(v) for block in held for v in block[::size].tolist()}) == list(range(8))
+    finally:
+        busy.kill()
+        busy.wait()
+        os.sched_setaffinity(0, before)
+    assert {policy for policy, _ in seen} == {os.SCHED_IDLE, os.SCHED_OTHER}
+    assert {nice for policy, nice in seen if policy == os.SCHED_OTHER} == {10}
 
 
 def test_only_one_publishes_at_a_time() -> None:

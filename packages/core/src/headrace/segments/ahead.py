@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -18,14 +18,19 @@ class PagesAhead:
     """Brings in the pages of writable flat blocks: all by a background thread, some sooner by who needs them.
 
     Use as a context: the thread has ended when the context has, and nothing is made any more.
+
+    Args:
+        blocks: Those of other devices are left alone.
+        begin: Called in the thread before anything is made, to set its priority.
     """
 
-    def __init__(self, blocks: Sequence[torch.Tensor]) -> None:
+    def __init__(self, blocks: Sequence[torch.Tensor], begin: Callable[[], None] | None = None) -> None:
         self._blocks = [block if block.device.type == "cpu" else block[:0] for block in blocks]
         self._begun: set[tuple[int, int]] = set()
         self._huge = True
         self._stopped = False
         self._lock = threading.Lock()
+        self._begin = begin
         self._thread = threading.Thread(target=self._run, name="headrace-pages", daemon=True)
 
     def need(self, block: int, begin: int, end: int) -> None:
@@ -34,6 +39,8 @@ class PagesAhead:
             self._make(block, chunk)
 
     def _run(self) -> None:
+        if self._begin is not None:
+            self._begin()
         for index, block in enumerate(self._blocks):
             for chunk in range(-(-block.numel() // _CHUNK_BYTES)):
                 self._make(index, chunk)

@@ -7,7 +7,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
@@ -27,7 +28,11 @@ from headrace.types import ParamTable
 _log = logging.getLogger(__name__)
 _MAX_THREADS = 8
 _TICK_S = 0.1
-_READERS_NICE = 10
+_COMPETING_NICE = 10
+# Small: a reader that gets no core any more keeps what it has begun.
+_TASK_BYTES = 8 << 20
+_PACE_S = 2.0
+_STARVED_SHARE = 0.05
 Progress = Callable[[int, int], None]
 
 
@@ -36,13 +41,20 @@ def _silent(_done_bytes: int, _total_bytes: int) -> None:
 
 
 def _give_way() -> None:
-    """Lower this thread's priority for good: an engine or trainer that needs a core goes before readers.
+    """Have this thread run, for good, only on cores that nothing else wants: an engine or trainer goes before readers.
 
-    On Linux a niceness is a thread's own. At equal priority four readers on two cores left a serving engine that
-    computes in one thread 40 % of a core.
+    Where the kernel forbids it, at the lowest priority; on Linux a niceness is a thread's own. The kernel counts a core
+    with idle threads alone as free, so that what wakes up is not put beside an engine's thread.
     """
-    me = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, me, os.getpriority(os.PRIO_PROCESS, me) + _READERS_NICE)
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _compete() -> None:
+    """Give this thread, for good, a tenth of a core that others keep busy."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPETING_NICE)
 
 
 @runtime_checkable
@@ -334,23 +346,29 @@ class _Reading:
         self._done_bytes = 0
         self._lock = threading.Lock()
         self._futures: list[Future[None]] = []
+        self._tasks: deque[list[Slot]] = deque()
+        self._cores = _Cores()
 
     def run(self, num_threads: int, progress: Progress | None, end: float) -> None:
-        """Read everything, at low priority; on the first failure the others stop after the region they are at."""
-        tasks = self._target.layout.tasks(cut=getattr(self._source, "reads_parts", False))
-        with PagesAhead([segment.tensor for segment in self._target.segments]) as self._memory:
-            self._run(tasks, num_threads, progress, end)
+        """Read everything, giving way; on the first failure the others stop after the region they are at."""
+        cut = getattr(self._source, "reads_parts", False)
+        self._tasks = deque(self._target.layout.tasks(cut=cut, task_bytes=_TASK_BYTES))
+        blocks = [segment.tensor for segment in self._target.segments]
+        with PagesAhead(blocks, _give_way) as self._memory:
+            self._run(num_threads, progress, end)
 
-    def _run(
-        self, tasks: Iterable[list[Slot]], num_threads: int, progress: Progress | None, end: float
-    ) -> None:
-        pool = ThreadPoolExecutor(num_threads, "headrace-read", initializer=_give_way)
+    def _run(self, num_threads: int, progress: Progress | None, end: float) -> None:
+        readers = ThreadPoolExecutor(num_threads, "headrace-read", initializer=self._begin_reader)
+        competing = ThreadPoolExecutor(num_threads, "headrace-compete", initializer=_compete)
         try:
-            self._futures = [pool.submit(self._read, task) for task in tasks]
-            self._wait(progress, end)
+            self._futures = [readers.submit(self._read_tasks) for _ in range(num_threads)]
+            while self._step(progress, end):
+                if self._cores.are_denied():
+                    self._futures += [competing.submit(self._read_tasks) for _ in range(num_threads)]
         finally:
             self._stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (readers, competing):
+                pool.shutdown(wait=False, cancel_futures=True)
             left = max(0.0, min(end - time.monotonic(), Deadlines().heartbeat_s))
             wait(self._futures, timeout=left)
 
@@ -360,18 +378,30 @@ class _Reading:
         self._futures = []
         return is_idle
 
-    def _wait(self, progress: Progress | None, end: float) -> None:
-        pending: Iterable[Future[None]] = self._futures
+    def _step(self, progress: Progress | None, end: float) -> bool:
+        """Wait for a moment, tell how far it is and raise what readers raised; returns whether any is at work."""
+        finished, pending = wait(self._futures, timeout=_TICK_S, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
         total = self._target.layout.num_bytes
-        while pending:
-            finished, pending = wait(pending, timeout=_TICK_S, return_when=FIRST_EXCEPTION)
-            for future in finished:
-                future.result()
-            if progress is not None:
-                progress(self._done_bytes, total)
-            if pending and time.monotonic() > end:
-                message = f"reading stopped at {self._done_bytes} of {total} bytes: the deadline has passed"
-                raise TransferTimeoutError(message, phase="publish", retryable=True)
+        if progress is not None:
+            progress(self._done_bytes, total)
+        if pending and time.monotonic() > end:
+            message = f"reading stopped at {self._done_bytes} of {total} bytes: the deadline has passed"
+            raise TransferTimeoutError(message, phase="publish", retryable=True)
+        return bool(pending)
+
+    def _begin_reader(self) -> None:
+        _give_way()
+        self._cores.watch()
+
+    def _read_tasks(self) -> None:
+        while not self._stop.is_set():
+            try:
+                task = self._tasks.popleft()
+            except IndexError:
+                return
+            self._read(task)
 
     def _read(self, task: list[Slot]) -> None:
         for slot in task:
@@ -384,3 +414,26 @@ class _Reading:
                 )
             with self._lock:
                 self._done_bytes += slot.num_bytes
+
+
+class _Cores:
+    """Watches how much of a core the threads of a reading get that give way."""
+
+    def __init__(self) -> None:
+        self._clocks: list[int] = []
+        self._begin_s, self._had_s = time.monotonic(), 0.0
+        self._said = False
+
+    def watch(self) -> None:
+        """Count the calling thread, which lives as long as `are_denied` is called."""
+        self._clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
+
+    def are_denied(self) -> bool:
+        """Return, once, whether all threads together had next to nothing of late; a slow disk looks the same."""
+        seconds = time.monotonic() - self._begin_s
+        if self._said or seconds < _PACE_S:
+            return False
+        had_s = sum(map(time.clock_gettime, self._clocks))
+        self._said = had_s - self._had_s < _STARVED_SHARE * seconds
+        self._begin_s, self._had_s = self._begin_s + seconds, had_s
+        return self._said
