@@ -114,6 +114,17 @@ def test_held_under_load(
         updates_under_load(server, checkpoints, oracle, 6)
 
 
+def test_batches_that_were_handed_out_before_a_hold_keep_their_version(
+    checkpoints: dict[str, Path], oracle: Oracle, tmp_path: Path
+) -> None:
+    """A batch has one token, so that the two requests are always in different ones."""
+    options = (*OPTIONS, "--max-num-scheduled-tokens", "1")
+    with VllmServer(
+        checkpoints["a"], *options, log=tmp_path / "vllm.log", unpacked=True, extension=True, batches_ahead=2
+    ) as server:
+        updates_under_load(server, checkpoints, oracle, 6)
+
+
 def test_held_under_load_by_two_workers(checkpoints: dict[str, Path], oracle: Oracle, tmp_path: Path) -> None:
     with VllmServer(checkpoints["a"], *OPTIONS, *TP2, log=tmp_path / "vllm.log", unpacked=True) as server:
         updates_under_load(server, checkpoints, oracle, 6)
@@ -173,7 +184,7 @@ def test_data_parallel_engines_are_paused(checkpoints: dict[str, Path], tmp_path
     options = ("--data-parallel-size", "2")
     with VllmServer(checkpoints["a"], *options, log=tmp_path / "vllm.log", unpacked=True) as server:
         with ParameterServer(checkpoints["b"]) as source:
-            with pytest.raises(PlanError, match="2 data-parallel engines"):
+            with pytest.raises(PlanError, match="2 workers are data-parallel engines of 1"):
                 source.update(server.target, cache="keep", barrier="hold")
             report = source.update(server.target, cache="keep")
         assert report.engines[0].barrier == "pause"

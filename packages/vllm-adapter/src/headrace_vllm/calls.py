@@ -6,9 +6,17 @@ HOLD = "headrace_hold"
 OBSTACLE = "headrace_hold_obstacle"
 
 
-def obstacle_of(results: object) -> str | None:
-    """Return what an engine core answered to `OBSTACLE`: why it cannot be held, or None."""
+def obstacle_of(results: object, num_receivers: int) -> str | None:
+    """Return why an engine with so many workers in all cannot be held, or None; `results` answer `OBSTACLE`.
+
+    One core of several data-parallel ones answers, and where they share no experts it does not know of the others.
+    """
     first = results[0] if isinstance(results, list) and results else None
     if not isinstance(first, dict) or "obstacle" not in first:
         return "its engine core did not say whether it can be held"
-    return None if first["obstacle"] is None else str(first["obstacle"])
+    if first["obstacle"] is not None:
+        return str(first["obstacle"])
+    own = first.get("workers")
+    if own != num_receivers:
+        return f"its {num_receivers} workers are data-parallel engines of {own}, which one call does not reach at once"
+    return None

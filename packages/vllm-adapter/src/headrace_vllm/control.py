@@ -76,7 +76,7 @@ class VllmControl(HttpEngine):
         response = self._send("POST", "/collective_rpc", deadline_s, json={"method": OBSTACLE})
         if not response.is_success:
             return f"it does not take calls to its workers (/collective_rpc: {_brief(response)})"
-        return obstacle_of((decoded(response) or {}).get("results"))
+        return obstacle_of((decoded(response) or {}).get("results"), self.expected_receivers(deadline_s))
 
     def hold(self, update_id: str, deadline_s: float) -> None:
         """Have every worker stand still, between the same two forward steps, until its receiver lets go."""

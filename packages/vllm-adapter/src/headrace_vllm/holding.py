@@ -43,7 +43,7 @@ def _with_holds(original: Any) -> Any:  # noqa: ANN401
     @functools.wraps(original)
     def collective_rpc(core: Any, method: Any, *rest: Any, **options: Any) -> Any:  # noqa: ANN401
         if method == OBSTACLE:
-            return [{"obstacle": obstacle(core)}]
+            return [{"obstacle": obstacle(core), "workers": core.vllm_config.parallel_config.world_size}]
         results = original(core, method, *rest, **options)
         if method == HOLD:
             _note_version(core, results)
@@ -55,8 +55,6 @@ def _with_holds(original: Any) -> Any:  # noqa: ANN401
 def obstacle(core: Any) -> str | None:  # noqa: ANN401 - an EngineCore
     """Return why an engine core's workers cannot be held at once, or None."""
     parallel = core.vllm_config.parallel_config
-    if parallel.data_parallel_size > 1:
-        return f"it is {parallel.data_parallel_size} data-parallel engines, which one call does not reach at once"
     if parallel.pipeline_parallel_size > 1:
         return f"it has {parallel.pipeline_parallel_size} pipeline stages, which are never between steps together"
     executor = type(core.model_executor).__name__

@@ -155,7 +155,8 @@ class AsyncLlmControl(_Attached):
 
     def hold_obstacle(self, deadline_s: float) -> str | None:
         """Return why this engine's workers cannot be held, as its engine core says."""
-        return obstacle_of(self._wait(self._engine.collective_rpc(OBSTACLE), deadline_s))
+        results = self._wait(self._engine.collective_rpc(OBSTACLE), deadline_s)
+        return obstacle_of(results, self.expected_receivers(deadline_s))
 
     def hold(self, update_id: str, deadline_s: float) -> None:
         """Have every worker stand still, between the same two forward steps, until its receiver lets go."""
