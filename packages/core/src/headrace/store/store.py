@@ -33,7 +33,7 @@ _COMPETING_NICE = 10
 # Small: a reader that gets no core any more keeps what it has begun.
 _TASK_BYTES = 8 << 20
 _PACE_S = 2.0
-_STARVED_BYTES_PER_S = 64 << 20
+_STARVED_SHARE = 0.05
 Progress = Callable[[int, int], None]
 
 
@@ -357,6 +357,7 @@ class _Reading:
         self._lock = threading.Lock()
         self._futures: list[Future[None]] = []
         self._tasks: deque[list[Slot]] = deque()
+        self._cores = _Cores()
 
     def run(self, num_threads: int, progress: Progress | None, end: float) -> None:
         """Read everything, giving way; on the first failure the others stop after the region they are at."""
@@ -367,13 +368,12 @@ class _Reading:
             self._run(num_threads, progress, end)
 
     def _run(self, num_threads: int, progress: Progress | None, end: float) -> None:
-        readers = ThreadPoolExecutor(num_threads, "headrace-read", initializer=_give_way)
+        readers = ThreadPoolExecutor(num_threads, "headrace-read", initializer=self._begin_reader)
         competing = ThreadPoolExecutor(num_threads, "headrace-compete", initializer=_compete)
         try:
             self._futures = [readers.submit(self._read_tasks) for _ in range(num_threads)]
-            pace = _Pace()
             while self._step(progress, end):
-                if pace.is_starved(self._done_bytes):
+                if self._cores.are_denied():
                     self._futures += [competing.submit(self._read_tasks) for _ in range(num_threads)]
         finally:
             self._stop.set()
@@ -401,6 +401,10 @@ class _Reading:
             raise TransferTimeoutError(message, phase="publish", retryable=True)
         return bool(pending)
 
+    def _begin_reader(self) -> None:
+        _give_way()
+        self._cores.watch()
+
     def _read_tasks(self) -> None:
         while not self._stop.is_set():
             try:
@@ -422,21 +426,24 @@ class _Reading:
                 self._done_bytes += slot.num_bytes
 
 
-class _Pace:
-    """Says, once, that bytes come so slowly that readers who give way may get no core.
-
-    A slow disk looks the same; there, more readers do no harm.
-    """
+class _Cores:
+    """Watches how much of a core the threads of a reading get that give way."""
 
     def __init__(self) -> None:
-        self._begin_s = time.monotonic()
-        self._begin_bytes = 0
+        self._clocks: list[int] = []
+        self._begin_s, self._had_s = time.monotonic(), 0.0
         self._said = False
 
-    def is_starved(self, done_bytes: int) -> bool:
+    def watch(self) -> None:
+        """Count the calling thread, which lives as long as `are_denied` is called."""
+        self._clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
+
+    def are_denied(self) -> bool:
+        """Return, once, whether all threads together had next to nothing of late; a slow disk looks the same."""
         seconds = time.monotonic() - self._begin_s
         if self._said or seconds < _PACE_S:
             return False
-        self._said = done_bytes - self._begin_bytes < seconds * _STARVED_BYTES_PER_S
-        self._begin_s, self._begin_bytes = self._begin_s + seconds, done_bytes
+        had_s = sum(map(time.clock_gettime, self._clocks))
+        self._said = had_s - self._had_s < _STARVED_SHARE * seconds
+        self._begin_s, self._had_s = self._begin_s + seconds, had_s
         return self._said
