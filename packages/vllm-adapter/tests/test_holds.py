@@ -114,17 +114,6 @@ def test_held_under_load(
         updates_under_load(server, checkpoints, oracle, 6)
 
 
-def test_batches_that_were_handed_out_before_a_hold_keep_their_version(
-    checkpoints: dict[str, Path], oracle: Oracle, tmp_path: Path
-) -> None:
-    """A batch has one token, so that the two requests are always in different ones."""
-    options = (*OPTIONS, "--max-num-scheduled-tokens", "1")
-    with VllmServer(
-        checkpoints["a"], *options, log=tmp_path / "vllm.log", unpacked=True, extension=True, batches_ahead=2
-    ) as server:
-        updates_under_load(server, checkpoints, oracle, 6)
-
-
 def test_held_under_load_by_two_workers(checkpoints: dict[str, Path], oracle: Oracle, tmp_path: Path) -> None:
     with VllmServer(checkpoints["a"], *OPTIONS, *TP2, log=tmp_path / "vllm.log", unpacked=True) as server:
         updates_under_load(server, checkpoints, oracle, 6)
