@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from chains import make_chain, next_tokens
 from checkpoints import checkpoints_of
 from oracle import Oracle
 from prompts import PROMPT
@@ -112,6 +113,32 @@ def test_held_under_load(
     log = tmp_path / "vllm.log"
     with VllmServer(checkpoints["a"], *OPTIONS, log=log, unpacked=True, extension=extension) as server:
         updates_under_load(server, checkpoints, oracle, 6)
+
+
+def test_batches_that_were_handed_out_before_a_hold_keep_their_version(tmp_path: Path) -> None:
+    """A batch has one token, so that two requests are always in different ones; the token tells which weights made it."""
+    models = {name: make_chain(tmp_path / name, seed) for seed, name in enumerate("abc", start=1)}
+    options = (*OPTIONS, "--max-num-scheduled-tokens", "1")
+    names = {"default": "a"}
+    with VllmServer(
+        models["a"], *options, log=tmp_path / "vllm.log", unpacked=True, extension=True, batches_ahead=2
+    ) as server:
+        with Askers(server, 2) as load:
+            for name in "bcabca":
+                with source_of(models[name]) as source:
+                    report = source.update(server.target, cache="keep", barrier="hold", deadlines=LIMITS)
+                names[str(report.version)] = name
+    vocab = len(load_file(models["a"] / "model.safetensors")["lm_head.weight"])
+    follows = {name: next_tokens(seed, vocab).tolist() for seed, name in enumerate("abc", start=1)}
+    made = [
+        (before, token, names[version])
+        for prompt, answer in load.answers
+        for before, token, version in zip(
+            [prompt[-1], *answer["tokens"]], answer["tokens"], answer["versions"], strict=False
+        )
+    ]
+    assert any(len(set(answer["versions"])) > 1 for _, answer in load.answers), "no request crossed an update"
+    assert [one for one in made if follows[one[2]][one[0]] != one[1]] == []
 
 
 def test_held_under_load_by_two_workers(checkpoints: dict[str, Path], oracle: Oracle, tmp_path: Path) -> None:

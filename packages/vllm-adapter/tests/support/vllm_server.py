@@ -51,6 +51,7 @@ class VllmServer(ServerProcess):
         dev_mode: Whether the routes for updates exist.
         log: File that its output goes to.
         port: Port to listen on; None takes a free one.
+        batches_ahead: Batches that are handed out before tokens are taken; of unpacked servers with the extension.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class VllmServer(ServerProcess):
         unpacked: bool = False,
         dev_mode: bool = True,
         port: int | None = None,
+        batches_ahead: int | None = None,
     ) -> None:
         port = port or free_port()
         doors = (
@@ -76,6 +78,7 @@ class VllmServer(ServerProcess):
         command += [*(("--enable-scale-out",) if NEEDS_SCALE_OUT else ()), *doors, *options]
         path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
         variables = QUIET | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1" if dev_mode else "0"}
+        variables |= {"BATCHES_AHEAD": str(batches_ahead)} if batches_ahead else {}
         super().__init__(command, port, environment=os.environ | variables, log=log, own_group=True)
         self.target = f"vllm={self.url}"
         self.wait_ready(START_S)
