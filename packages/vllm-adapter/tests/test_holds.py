@@ -116,18 +116,17 @@ def test_held_under_load(
 
 
 def test_batches_that_were_handed_out_before_a_hold_keep_their_version(tmp_path: Path) -> None:
-    """A batch has one token, so that two requests are always in different ones; the token tells which weights made it."""
+    """A batch has one token, so that two requests are never in the same; a token tells which weights made it."""
     models = {name: make_chain(tmp_path / name, seed) for seed, name in enumerate("abc", start=1)}
     options = (*OPTIONS, "--max-num-scheduled-tokens", "1")
     names = {"default": "a"}
     with VllmServer(
         models["a"], *options, log=tmp_path / "vllm.log", unpacked=True, extension=True, batches_ahead=2
-    ) as server:
-        with Askers(server, 2) as load:
-            for name in "bcabca":
-                with source_of(models[name]) as source:
-                    report = source.update(server.target, cache="keep", barrier="hold", deadlines=LIMITS)
-                names[str(report.version)] = name
+    ) as server, Askers(server, 2) as load:
+        for name in "bcabca":
+            with source_of(models[name]) as source:
+                report = source.update(server.target, cache="keep", barrier="hold", deadlines=LIMITS)
+            names[str(report.version)] = name
     vocab = len(load_file(models["a"] / "model.safetensors")["lm_head.weight"])
     follows = {name: next_tokens(seed, vocab).tolist() for seed, name in enumerate("abc", start=1)}
     made = [
