@@ -331,6 +331,7 @@ def loading(folder: Path, sizes: list[int]) -> Section:
         for tp in sizes:
             found = measure(name, tp, folder)
             rows.append(_row(name, tp, tensors, found))
+            print("  ".join(rows[-1]), flush=True)
             steps.append(f"The stall, {name} TP{tp}: {_steps(found)}.")
     notes = (
         "Commit, stall and total are Headrace's, verify none; copy is one plain copy of a worker's parameters.",
