@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from headrace.adapter.receivers import reserve
-from headrace.adapter.watch import twin_of, watch
+from headrace.adapter.watch import watch
 from headrace_vllm.reload import load_at_once
 
 _configs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -63,10 +63,7 @@ def _constructed(model: nn.Module) -> None:
     config = get_current_vllm_config()
     if not wanted(config):
         return
-    watch(model)
-    twin = twin_of(model)
-    assert twin is not None
-    load_at_once(twin)
+    load_at_once(watch(model))
     reserve(model)
     _configs[model] = config
     # A head that equals the embedding would become the same memory, and could never again differ from it.

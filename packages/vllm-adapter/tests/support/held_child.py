@@ -79,7 +79,8 @@ if __name__ == "__main__":
     try:
         told = asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))
         Path(sys.argv[2]).write_text(json.dumps(told))
-    finally:
+    except Exception:  # noqa: BLE001 - written to the log, whose reader misses the result
         traceback.print_exc()
+    finally:
         sys.stdout.flush()
         os._exit(0)

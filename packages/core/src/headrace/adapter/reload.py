@@ -50,12 +50,13 @@ class ModuleReload:
             self._restore(module)
             new = {n: p for n, p in module._parameters.items() if p is not None and p is not old.get(n)}
             values = constructed(module)
-            self._begun.append(_Begun(module, old, buffers, tuple(new.keys() - values.keys())))
-            for name, parameter in new.items():
-                if name in values:
-                    parameter.data.copy_(values[name])
-                else:
-                    _mark(parameter)
+            awaited = tuple(n for n, p in new.items() if n not in values and p.element_size() in _UNTOUCHED)
+            self._begun.append(_Begun(module, old, buffers, awaited))
+            for name in new.keys() & values.keys():
+                new[name].data.copy_(values[name])
+            for name in awaited:
+                kind, untouched = _UNTOUCHED[new[name].element_size()]
+                new[name].data.view(kind).fill_(untouched)
 
     def end(self) -> None:
         """Process what was loaded, and put it where the kernels have always read it.
@@ -82,19 +83,10 @@ class ModuleReload:
         self._begun = []
 
 
-def _mark(parameter: Any) -> None:  # noqa: ANN401
-    """Fill a new parameter with what no loader writes everywhere."""
-    if parameter.element_size() in _UNTOUCHED:
-        kind, untouched = _UNTOUCHED[parameter.element_size()]
-        parameter.data.view(kind).fill_(untouched)
-
-
 def _check_loaded(module: nn.Module, name: str) -> None:
     parameter: Any = module._parameters[name]
-    if parameter.numel() == 0 or parameter.element_size() not in _UNTOUCHED:
-        return
     kind, untouched = _UNTOUCHED[parameter.element_size()]
-    if not bool((parameter.data.view(kind) != untouched).any()):
+    if parameter.numel() and not bool((parameter.data.view(kind) != untouched).any()):
         message = (
             f"the engine's loader wrote nothing into {name} of a {type(module).__name__}; choose a quantisation or "
             "kernels that Headrace can reload, or give the engine unquantised weights"

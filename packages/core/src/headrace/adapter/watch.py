@@ -43,14 +43,15 @@ _processed: WeakKeyDictionary[nn.Module, Processed] = WeakKeyDictionary()
 _constructed: WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
 
 
-def watch(model: nn.Module) -> None:
-    """Take the skeleton of a model that was just constructed, and note what post-processing will do to its modules."""
-    _twins[model] = skeleton_of(model)
+def watch(model: nn.Module) -> nn.Module:
+    """Return the skeleton of a model that was just constructed; notes what post-processing will do to its modules."""
+    twin = _twins[model] = skeleton_of(model)
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if callable(getattr(method, "process_weights_after_loading", None)):
             _constructed[module] = _small(module)
             _watch_method(method)
+    return twin
 
 
 def twin_of(model: nn.Module) -> nn.Module | None:
