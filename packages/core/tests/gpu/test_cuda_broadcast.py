@@ -162,6 +162,7 @@ def test_without_choices(fleet: Fleet) -> None:
 
 def test_many_updates_leave_nothing_behind(fleet: Fleet) -> None:
     choices: dict[str, Any] = {"budget_bytes": 4 * MIB, "bucket_bytes": MIB, "verify": "none"}
+    fleet.update()
     for _ in range(4):
         fleet.update(**choices)
     fleet.check()

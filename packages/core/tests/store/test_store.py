@@ -30,8 +30,7 @@ from headrace.geometry import Box
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SourceRegion, WeightSource
 from headrace.segments import Lender, ahead, borrow
-from headrace.store import CheckpointSource, Store, TensorSource
-from headrace.store import store as store_module
+from headrace.store import CheckpointSource, Store, TensorSource, reading
 from headrace.store.layout import ALIGN, Layout
 from headrace.types import DTYPES, ParamMeta, ParamTable, dtype_code
 
@@ -273,7 +272,7 @@ def test_readers_and_who_makes_memory_give_way_to_whoever_serves(monkeypatch: py
 def test_readers_that_get_no_core_are_joined_by_some_that_compete(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the one core of this test a process computes without a break; idle threads get 3 of 1,027 parts of it."""
 
-    monkeypatch.setattr(store_module, "_PACE_S", 0.2)
+    monkeypatch.setattr(reading, "_PACE_S", 0.2)
     before, seen = os.sched_getaffinity(0), []
     size = 24 << 20
     tensors = {f"w{i}": torch.full((size,), i, dtype=torch.uint8) for i in range(8)}

@@ -14,8 +14,9 @@ from headrace.geometry import Box, RegionTable, contiguous_strides
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SourceRegion
 from headrace.segments.cuda import CudaSegment
+from headrace.store.reading import Progress
 from headrace.store.single import SingleVersion
-from headrace.store.store import Progress, PublishedVersion
+from headrace.store.store import PublishedVersion
 from headrace.types import ParamMeta, ParamTable, dtype_code
 
 

@@ -19,8 +19,9 @@ from headrace.protocols import DeviceReads, Slot, SourceRegion, SteppedSource
 from headrace.segments import HostSegment, Lender
 from headrace.segments.pinning import PinnedRange
 from headrace.store.layout import SEGMENT_BYTES, Layout
+from headrace.store.reading import Progress
 from headrace.store.single import SingleVersion
-from headrace.store.store import Progress, PublishedVersion
+from headrace.store.store import PublishedVersion
 from headrace.types import ParamTable
 
 _log = logging.getLogger(__name__)

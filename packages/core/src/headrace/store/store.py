@@ -7,55 +7,28 @@ import os
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
 
 import torch
 
 from headrace.config import Deadlines
-from headrace.errors import LocalProtocolError, TransferTimeoutError
+from headrace.errors import LocalProtocolError
 from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
-from headrace.protocols import Slot, SourceRegion, WeightSource
+from headrace.protocols import WeightSource
 from headrace.segments import HostSegment, Lender, require_memory
-from headrace.segments.ahead import PagesAhead
 from headrace.store.layout import SEGMENT_BYTES, Layout
+from headrace.store.reading import Progress, Reading
 from headrace.types import ParamTable
 
 _log = logging.getLogger(__name__)
 _MAX_THREADS = 8
-_TICK_S = 0.1
-_END_S = 10.0
-_COMPETING_NICE = 10
-# Small: a reader that gets no core any more keeps what it has begun.
-_TASK_BYTES = 8 << 20
-_PACE_S = 2.0
-_STARVED_SHARE = 0.05
-Progress = Callable[[int, int], None]
 
 
 def _silent(_done_bytes: int, _total_bytes: int) -> None:
     pass
-
-
-def _give_way() -> None:
-    """Have this thread run, for good, only on cores that nothing else wants: an engine or trainer goes before readers.
-
-    Where the kernel forbids it, at the lowest priority; on Linux a niceness is a thread's own. The kernel counts a core
-    with idle threads alone as free, so that what wakes up is not put beside an engine's thread.
-    """
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except OSError:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _compete() -> None:
-    """Give this thread, for good, a tenth of a core that others keep busy."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPETING_NICE)
 
 
 @runtime_checkable
@@ -121,9 +94,9 @@ class _SegmentSet:
                 self._lender.lend(segment)
         self._is_lent = True
 
-    def bytes_of(self, slot: Slot) -> memoryview:
-        tensor = self.segments[slot.segment].tensor[slot.begin : slot.begin + slot.num_bytes]
-        return tensor.numpy().data
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        return [segment.tensor for segment in self.segments]
 
     def close(self) -> None:
         for segment in self.segments:
@@ -243,7 +216,7 @@ class Store:
         if isinstance(self._source, BulkSource):
             self._fill_at_once(self._source, chosen, progress, end)
             return
-        reading = _Reading(self._source, chosen)
+        reading = Reading(self._source, chosen.layout, chosen.blocks)
         try:
             reading.run(self._num_threads, progress, end)
         except BaseException as error:
@@ -261,7 +234,7 @@ class Store:
     def _fill_at_once(
         self, source: BulkSource, chosen: _SegmentSet, progress: Progress | None, end: float
     ) -> None:
-        blocks = [segment.tensor for segment in chosen.segments]
+        blocks = chosen.blocks
         try:
             source.fill(chosen.regions, blocks, progress or _silent, max(0.0, end - time.monotonic()))
         except BaseException as error:
@@ -301,7 +274,7 @@ class Store:
 
     def tensors(self, version: int) -> list[torch.Tensor]:
         """Return the bytes of each segment of a held version: blocks for digests and transports."""
-        return [segment.tensor for segment in self.segments(version)]
+        return self._find(version)[0].blocks
 
     def metadata(self) -> ParamTable:
         """Return the source's parameters."""
@@ -344,106 +317,3 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Reading:
-    """One pass over a source into segments."""
-
-    def __init__(self, source: WeightSource, target: _SegmentSet) -> None:
-        self._source = source
-        self._target = target
-        self._stop = threading.Event()
-        self._done_bytes = 0
-        self._lock = threading.Lock()
-        self._futures: list[Future[None]] = []
-        self._tasks: deque[list[Slot]] = deque()
-        self._cores = _Cores()
-
-    def run(self, num_threads: int, progress: Progress | None, end: float) -> None:
-        """Read everything, giving way; on the first failure the others stop after the region they are at."""
-        cut = getattr(self._source, "reads_parts", False)
-        self._tasks = deque(self._target.layout.tasks(cut=cut, task_bytes=_TASK_BYTES))
-        blocks = [segment.tensor for segment in self._target.segments]
-        with PagesAhead(blocks, _give_way) as self._memory:
-            self._run(num_threads, progress, end)
-
-    def _run(self, num_threads: int, progress: Progress | None, end: float) -> None:
-        readers = ThreadPoolExecutor(num_threads, "headrace-read", initializer=self._begin_reader)
-        competing = ThreadPoolExecutor(num_threads, "headrace-compete", initializer=_compete)
-        try:
-            self._futures = [readers.submit(self._read_tasks) for _ in range(num_threads)]
-            while self._step(progress, end):
-                if self._cores.are_denied():
-                    self._futures += [competing.submit(self._read_tasks) for _ in range(num_threads)]
-        finally:
-            self._stop.set()
-            for pool in (readers, competing):
-                pool.shutdown(wait=False, cancel_futures=True)
-            left = max(0.0, min(end - time.monotonic(), _END_S))
-            wait(self._futures, timeout=left)
-
-    def forget(self) -> bool:
-        """Let go of what readers returned or raised; returns whether none is at work any more."""
-        is_idle = all(future.done() for future in self._futures)
-        self._futures = []
-        return is_idle
-
-    def _step(self, progress: Progress | None, end: float) -> bool:
-        """Wait for a moment, tell how far it is and raise what readers raised; returns whether any is at work."""
-        finished, pending = wait(self._futures, timeout=_TICK_S, return_when=FIRST_EXCEPTION)
-        for future in finished:
-            future.result()
-        total = self._target.layout.num_bytes
-        if progress is not None:
-            progress(self._done_bytes, total)
-        if pending and time.monotonic() > end:
-            message = f"reading stopped at {self._done_bytes} of {total} bytes: the deadline has passed"
-            raise TransferTimeoutError(message, phase="publish", retryable=True)
-        return bool(pending)
-
-    def _begin_reader(self) -> None:
-        _give_way()
-        self._cores.watch()
-
-    def _read_tasks(self) -> None:
-        while not self._stop.is_set():
-            try:
-                task = self._tasks.popleft()
-            except IndexError:
-                return
-            self._read(task)
-
-    def _read(self, task: list[Slot]) -> None:
-        for slot in task:
-            if self._stop.is_set():
-                return
-            if slot.num_bytes:
-                self._memory.need(slot.segment, slot.begin, slot.begin + slot.num_bytes)
-                self._source.read(
-                    SourceRegion(slot.region.name, slot.region.box), self._target.bytes_of(slot)
-                )
-            with self._lock:
-                self._done_bytes += slot.num_bytes
-
-
-class _Cores:
-    """Watches how much of a core the threads of a reading get that give way."""
-
-    def __init__(self) -> None:
-        self._clocks: list[int] = []
-        self._begin_s, self._had_s = time.monotonic(), 0.0
-        self._said = False
-
-    def watch(self) -> None:
-        """Count the calling thread, which lives as long as `are_denied` is called."""
-        self._clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
-
-    def are_denied(self) -> bool:
-        """Return, once, whether all threads together had next to nothing of late; a slow disk looks the same."""
-        seconds = time.monotonic() - self._begin_s
-        if self._said or seconds < _PACE_S:
-            return False
-        had_s = sum(map(time.clock_gettime, self._clocks))
-        self._said = had_s - self._had_s < _STARVED_SHARE * seconds
-        self._begin_s, self._had_s = self._begin_s + seconds, had_s
-        return self._said
