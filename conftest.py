@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     needed, found = int(marker.args[0]), torch.cuda.device_count()
     if found < needed:
         pytest.skip(f"needs {needed} CUDA devices, torch sees {found}")
+
+
+@pytest.fixture
+def socket_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set a socket folder of the test's own for this process and all that it starts."""
+    folder = tmp_path_factory.mktemp("s")
+    folder.chmod(0o700)
+    monkeypatch.setenv("HEADRACE_SOCKET_DIR", str(folder))
+    return folder

@@ -102,9 +102,8 @@ def run_engine(name: str, tp: int, folder: Path) -> dict[str, Any]:
     with ParameterServer(paths[1]) as server:
         for turn in range(REPEATS + 2):
             report = server.update(control, verify="none")
-            row = {"commit": commit_of(report), "stall": report.stall_s, "total": report.total_s} | pause_of(
-                report
-            )
+            row = {"commit": commit_of(report), "stall": report.stall_s, "total": report.total_s}
+            row |= pause_of(report)
             row |= {"copy": max(llm.collective_rpc("bench_memcpy")), "empty": empty_pause(control)}
             if turn in (2, 3, 4):
                 row |= {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 from faults_world import PARAMS, MakeWorld, World, make_tensors, write_checkpoint
 from safetensors.torch import save_file
 
+from headrace import holder
+from headrace.config import Deadlines
 from headrace.errors import (
     CapacityError,
     CheckpointError,
@@ -19,8 +23,10 @@ from headrace.errors import (
     UncoveredRegionError,
     UpdateFailedError,
 )
+from headrace.protocols import SourceRegion
 from headrace.segments import capacity
 from headrace.server.parameter_server import ParameterServer
+from headrace.store import TensorSource
 
 NORM, QUERY, EMBED = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"
 
@@ -209,6 +215,33 @@ def test_a_source_that_fails_while_it_is_read(world: World) -> None:
     tensors[QUERY].untyped_storage().resize_(kept.nbytes)
     tensors[QUERY].copy_(kept)
     world.update(server, 2)
+
+
+class HangingSource(TensorSource):
+    """Reads come to no end until `release` is set."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.release = threading.Event()
+
+    def read(self, region: SourceRegion, out: memoryview) -> None:
+        self.release.wait(60)
+        super().read(region, out)
+
+
+def test_a_source_that_hangs_does_not_keep_its_server_from_closing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holder, "CLOSE_S", 0.5)
+    source = HangingSource(make_tensors(2))
+    server = world.server(source=source)
+    begin = time.monotonic()
+    error = world.fails(server, deadlines=Deadlines(read_s=1.0))
+    assert "read" in str(error)
+    server.close()
+    assert time.monotonic() - begin < 25
+    source.release.set()
+    unnoticed(world)
 
 
 def test_the_world_has_all_parameters() -> None:

@@ -23,12 +23,8 @@ collect_ignore = [] if HAS_VLLM else NEED_VLLM
 
 
 @pytest.fixture(autouse=True)
-def socket_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Set the socket folder for this process and all that it starts."""
-    folder = Path(tmp_path_factory.mktemp("s", numbered=True))
-    folder.chmod(0o700)
-    monkeypatch.setenv("HEADRACE_SOCKET_DIR", str(folder))
-    return folder
+def own_sockets(socket_dir: Path) -> None:
+    """Every test has a socket folder of its own."""
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_bytes
@@ -55,6 +55,8 @@ _PROGRESS_EVERY_S = 0.1
 SETTLE_S = 5.0
 GIVE_UP_S = 60.0
 JOIN_S = 50.0
+CLOSE_S = 50.0
+Work = Callable[..., wire.Message | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Holder:
         self._ring: Ring | None = None
         self._pins = Pins()
         self._cancel = threading.Event()
+        self._jobs: list[Future[None]] = []
         self._work = ThreadPoolExecutor(1, thread_name_prefix="headrace-holder")
         self._broadcasts = ThreadPoolExecutor(1, thread_name_prefix="headrace-broadcast")
 
@@ -134,18 +137,29 @@ class Holder:
         self._lender.close()
 
     def close(self) -> None:
-        """Release memory and sockets; idempotent."""
+        """Release sockets and memory; idempotent. Memory that a call may still use goes when that has ended."""
         self._cancel.set()
-        self._work.shutdown(cancel_futures=True)
-        self._broadcasts.shutdown(cancel_futures=True)
+        for pool in (self._work, self._broadcasts):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._leave_group()
-        self._drop_ring()
-        self._pins.close()
+        # A call that was cancelled before it began never counts as done.
+        hung = wait([job for job in self._jobs if not job.cancelled()], CLOSE_S).not_done
         self._dialer.close(linger_s=1.0)
         self._tcp.close()
         if self._gate is not None:
             self._gate.close()
         self._lender.close()
+        if hung:
+            logger.warning("%s leaves behind what did not end within %.0f s", self.name, CLOSE_S)
+            threading.Thread(target=self._release, args=(hung,), name="headrace-holder-end", daemon=True).start()
+        else:
+            self._release(())
+
+    def _release(self, hung: Collection[Future[None]]) -> None:
+        wait(hung)
+        self._leave_group()
+        self._drop_ring()
+        self._pins.close()
         self._store.close()
         if self._owns_source:
             self._source.close()
@@ -158,14 +172,18 @@ class Holder:
                 self._store.pin(message.version, message.pinned)
         elif isinstance(message, wire.Settle):
             self._cancel.set()
-            self._work.submit(self._answer, "settle", self._settle, message)
+            self._begin(self._work, "settle", self._settle, message)
         elif isinstance(message, wire.Broadcast):
             self._cancel.clear()
-            self._broadcasts.submit(self._answer, "broadcast", self._broadcast, message)
+            self._begin(self._broadcasts, "broadcast", self._broadcast, message)
         else:
-            self._work.submit(self._answer, type(message).__name__.lower(), self._serve, message)
+            self._begin(self._work, type(message).__name__.lower(), self._serve, message)
 
-    def _answer(self, phase: str, work: Callable[..., wire.Message | None], message: wire.AnyMessage) -> None:
+    def _begin(self, pool: ThreadPoolExecutor, phase: str, work: Work, message: wire.AnyMessage) -> None:
+        self._jobs = [job for job in self._jobs if not job.done()]
+        self._jobs.append(pool.submit(self._answer, phase, work, message))
+
+    def _answer(self, phase: str, work: Work, message: wire.AnyMessage) -> None:
         """Run `work`; whatever it raises goes to the coordinator as data: this is the rank boundary."""
         try:
             reply = work(message)

@@ -160,8 +160,10 @@ def test_a_publish_that_fails_leaves_the_newest_alone(before: int) -> None:
             publish(store, source, version)
         count = memfds()
         source.fail_at = "w4"
+        begin = time.monotonic()
         with pytest.raises(CheckpointError, match="w4 is gone"):
             publish(store, source, 10)
+        assert time.monotonic() - begin < 5
         assert 10 not in store.versions
         if before:
             check_version(store, source, before - 1)

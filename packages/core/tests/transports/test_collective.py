@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from torch import distributed as dist
@@ -21,6 +22,23 @@ def member(address: str) -> Meetings:
 
 def silent() -> None:
     pass
+
+
+def listening(port: int) -> set[str]:
+    """Return the addresses at which this host listens on a port, as the kernel writes them."""
+    rows = [line.split() for file in ("tcp", "tcp6") for line in Path("/proc/net", file).read_text().splitlines()[1:]]
+    places = [row[1].rpartition(":") for row in rows if row[3] == "0A"]
+    return {host for host, _, number in places if int(number, 16) == port}
+
+
+@pytest.mark.parametrize(("bind_host", "seen"), [("127.0.0.1", "0100007F"), ("*", "00000000")])
+def test_the_store_listens_where_it_is_told_to(bind_host: str, seen: str) -> None:
+    """It authenticates nobody, and torch by itself takes all interfaces."""
+    _store, address = serve_store(bind_host, "127.0.0.1")
+    assert listening(int(address.rpartition(":")[2])) == {seen}
+    first, second = member(address), member(address)
+    first.tell()
+    second.wait(0.0, silent)
 
 
 def test_members_take_turns_in_telling() -> None:

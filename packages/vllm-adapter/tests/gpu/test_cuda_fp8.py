@@ -19,7 +19,6 @@ from headrace.testing.tiny_model import TinySize, make_tiny_qwen3, make_tiny_qwe
 pytestmark = [
     pytest.mark.gpu(1),
     pytest.mark.timeout(420),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 CHILD = Path(__file__).parents[1] / "support" / "fp8_child.py"

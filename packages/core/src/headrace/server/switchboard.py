@@ -119,7 +119,8 @@ class Peer:
         while True:
             message = self._next(kind, limit, watch, alive)
             if message is None:
-                text = f"{_label(self.key)} did not answer within {deadline_s:.1f} s in {phase}"
+                waited = f"within {deadline_s:.1f} s" if deadline_s > 0 else "in time"
+                text = f"{_label(self.key)} did not answer {waited} in {phase}"
                 raise TransferTimeoutError(text, phase=phase, rank=self.key[1])
             if isinstance(message, Lost):
                 raise self._gone(phase)

@@ -83,7 +83,8 @@ class Reading:
             for pool in (readers, competing):
                 pool.shutdown(wait=False, cancel_futures=True)
             left = max(0.0, min(end - time.monotonic(), _END_S))
-            wait(self._futures, timeout=left)
+            # A reader that was cancelled before it began never counts as done.
+            wait([future for future in self._futures if not future.cancelled()], timeout=left)
 
     def forget(self) -> bool:
         """Let go of the memory and of what readers returned or raised; returns whether none is at work any more."""

@@ -21,6 +21,7 @@ from headrace.errors import (
     PeerLostError,
     TransferTimeoutError,
 )
+from headrace.transports.tcp_server import listen
 
 logger = logging.getLogger(__name__)
 ABORT_S = 5.0
@@ -363,12 +364,20 @@ def _within(deadline_s: float, work: Callable[[], None], what: str) -> None:
 
 
 def serve_store(bind_host: str, advertise_host: str) -> tuple[object, str]:
-    """Open a rendezvous store on a free port, on all interfaces; returns it (keep it alive) and what members dial.
+    """Open a rendezvous store on a free port; returns it (keep it alive) and what members dial.
+
+    It authenticates nobody, so it listens on no other address than the process's other sockets do; torch by itself
+    would take all interfaces.
 
     Args:
-        bind_host: Where this process reaches itself, or a wildcard.
-        advertise_host: Where members on other hosts reach it.
+        bind_host: What to listen on.
+        advertise_host: Where members reach it.
     """
-    own = "localhost" if bind_host in _ALL_INTERFACES else bind_host
-    store = dist.TCPStore(own, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    return store, f"{advertise_host}:{store.port}"
+    with listen(bind_host) as listener:
+        host, port = listener.getsockname()[:2]
+        own = "localhost" if bind_host in _ALL_INTERFACES else host
+        # torch closes what it is given.
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            own, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
+        )
+    return store, f"{advertise_host}:{port}"

@@ -74,7 +74,7 @@ class TcpServer:
         self._lines: dict[Line, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._listener = _listen(host.bind_host)
+        self._listener = listen(host.bind_host)
         port = self._listener.getsockname()[1]
         shown = f"[{host.advertise_host}]" if ":" in host.advertise_host else host.advertise_host
         self.endpoint = f"{shown}:{port}"
@@ -256,7 +256,12 @@ def _check_total(rows: Rows) -> None:
         raise PlanError(message)
 
 
-def _listen(bind_host: str) -> socket.socket:
+def listen(bind_host: str) -> socket.socket:
+    """Listen on a free port of an address, of all of IPv4 where that is `*`.
+
+    Raises:
+        ConfigError: `bind_host` cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in bind_host else socket.AF_INET
     try:
         return socket.create_server(("" if bind_host == "*" else bind_host, 0), family=family, backlog=128)
