@@ -44,6 +44,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's _
     code here. What is not understood breaks the surfaces it reaches; nothing is ever guessed.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Tell torch to call this mode as it is; its guard against compilation would import the whole compiler."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.states: dict[int, State] = {}

@@ -282,18 +282,17 @@ class Switchboard:
     def close(self) -> None:
         """Close the hub; idempotent."""
         self._closed.set()
-        self._thread.join(2 * _POLL_S)
         self.hub.close()
+        self._thread.join(2 * _POLL_S)
 
     def _pump(self) -> None:
         while not self._closed.is_set():
             try:
-                event = self.hub.receive(_POLL_S)
+                self._sort(self.hub.receive(_POLL_S))
             except TransferTimeoutError:
                 continue
             except TransportClosedError:
                 return
-            self._sort(event)
 
     def _sort(self, event: Event) -> None:
         if isinstance(event, Lost):
