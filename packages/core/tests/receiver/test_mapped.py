@@ -120,7 +120,7 @@ def test_what_the_loader_reads_in_place_is_the_holders_memory(lender: Lender) ->
     )  # fmt: skip
     plan = replace(plan_of(segment), opaque=recipe.opaque, lent=np.array([[0, 0, 32, 64]]))
     memory.open(plan, [holder], DEADLINE_S, pin=False)
-    found = memory.lent(plan, recipe, [holder], DEADLINE_S)["w"]
+    found = memory.lent(plan, recipe, [holder], DEADLINE_S, pin=False)["w"]
     memory.close()
     segment.tensor.view(torch.float32)[8:24] = torch.arange(16.0)
     assert torch.equal(found, torch.arange(16.0).view(4, 4))

@@ -13,6 +13,7 @@ from headrace.plan import TransferPlan
 from headrace.receiver.blocks import StagingArea
 from headrace.receiver.buckets import Bucket, bounds_of, mapped_bucket
 from headrace.recipe import LoadRecipe
+from headrace.segments.host import MappedSegment
 from headrace.segments.lending import borrow
 from headrace.transports.memory import MemoryTransport
 
@@ -25,7 +26,7 @@ _Key = tuple[str, tuple[str, ...], tuple[tuple[int, int], ...]]
 class Mappings:
     """Keeps mappings over updates, and buckets: holders alternate between two sets of segments, plans stay.
 
-    Call order, per update: 1. `open`. 2. `bind`. 3. `keep`. And `close` in the end.
+    Call order, per update: 1. `open`. 2. `bind`. 3. `lent`. 4. `keep`. 5. `unlend`. And `close` in the end.
 
     Args:
         area: Where copies out of it may be staged.
@@ -36,15 +37,18 @@ class Mappings:
         self._transport = MemoryTransport()
         self._recent: deque[frozenset[str]] = deque(maxlen=_KEPT_PLANS)
         self._bound: dict[_Key, list[Bucket]] = {}
+        self._lent: list[MappedSegment] = []
 
     def open(
         self, plan: TransferPlan, holders: Sequence[HolderAddress], deadline_s: float, *, pin: bool
     ) -> None:
-        """Map a plan's segments and touch their pages, or page-lock them, in chunks."""
+        """Map a plan's segments, and touch the pages of those that it copies from, or page-lock them, in chunks."""
+        copied = set(plan.apply.src_block.tolist())
         for number, segment in enumerate(plan.segments):
             holder = holders[int(plan.segment_holder[number])]
             self._transport.open(holder, segment, deadline_s)
-            self._transport.mapping(segment.segment_id).prepare(POPULATE_CHUNK_BYTES, pin=pin)
+            if number in copied:
+                self._transport.mapping(segment.segment_id).prepare(POPULATE_CHUNK_BYTES, pin=pin)
 
     def bind(self, plan: TransferPlan, blocks: list[torch.Tensor]) -> list[Bucket]:
         """Return the plan's buckets, bound to mappings and `blocks`; those of an earlier update where both are as then.
@@ -62,23 +66,36 @@ class Mappings:
         return found
 
     def lent(
-        self, plan: TransferPlan, recipe: LoadRecipe, holders: Sequence[HolderAddress], deadline_s: float
+        self,
+        plan: TransferPlan,
+        recipe: LoadRecipe,
+        holders: Sequence[HolderAddress],
+        deadline_s: float,
+        *,
+        pin: bool,
     ) -> dict[str, torch.Tensor]:
         """Return the opaque sources that the loader reads where they lie, by name; they must not be written to.
 
-        They live as long as the tensors do, in mappings of their own: one copy of CUDA may not cross from one
-        page-locked chunk into the next, and the loader's copies know nothing of chunks.
+        They lie in mappings of their own: one copy of CUDA may not cross from one page-locked chunk into the next, and
+        the loader's copies know nothing of chunks. `pin` page-locks each in one piece, until `unlend`: copies to a GPU
+        are several times as fast, and an engine that serves would be held up for as long as that takes.
         """
+        self.unlend()
         found, sources = {}, {}
         for number in np.unique(plan.lent[:, 1]).tolist():
             holder = holders[int(plan.segment_holder[number])]
-            sources[number] = self._unpinned(plan.segments[number], holder, deadline_s)
+            sources[number] = self._whole(plan.segments[number], holder, deadline_s, pin=pin)
         with torch.inference_mode():
             for position, number, begin, num_bytes in plan.lent.tolist():
                 meta = recipe.sources[int(plan.opaque[position])]
                 part = sources[number][begin : begin + num_bytes]
                 found[meta.name] = part.view(getattr(torch, meta.dtype)).view(meta.shape)
         return found
+
+    def unlend(self) -> None:
+        """Page-lock what was lent no longer; it stays mapped as long as its tensors live. Idempotent."""
+        while self._lent:
+            self._lent.pop().close()
 
     def keep(self, plan: TransferPlan) -> None:
         """Drop what neither this plan nor the one before uses."""
@@ -88,17 +105,19 @@ class Mappings:
         self._bound = {key: self._bound[key] for key in fresh[-_KEPT_PLANS:]}
         self._transport.retain(kept)
 
-    def _unpinned(
-        self, segment: SegmentDescriptor, holder: HolderAddress, deadline_s: float
+    def _whole(
+        self, segment: SegmentDescriptor, holder: HolderAddress, deadline_s: float, *, pin: bool
     ) -> torch.Tensor:
         if segment.kind == "cuda":
             return self._transport.mapped(segment.segment_id)
         mapped = borrow(holder.unix_socket, segment, deadline_s)
-        mapped.prepare(POPULATE_CHUNK_BYTES, pin=False)
+        self._lent.append(mapped)
+        mapped.prepare(POPULATE_CHUNK_BYTES, pin=pin, whole=True)
         return mapped.tensor
 
     def close(self) -> None:
         """Drop all mappings; idempotent."""
+        self.unlend()
         self._bound.clear()
         self._transport.close()
 

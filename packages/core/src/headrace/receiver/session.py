@@ -182,10 +182,11 @@ class Session:
         self._fills = unmet_fills(recipe.fills, targets.targets)
         self._delivery = self._deliver(message, targets.blocks(), [meta.name for meta in recipe.targets])
         self._delivery.stage(message.deadline_s)
-        targets.put(
-            self._receiver.memory.lent(message.plan, recipe, message.holders, PROBE_DEADLINE_S)
-        )
-        self._receiver.memory.keep(message.plan)
+        memory = self._receiver.memory
+        # Only before a first version: nobody is served yet who could be held up.
+        pin = self._device.is_cuda and self._receiver.served_version is None
+        targets.put(memory.lent(message.plan, recipe, message.holders, PROBE_DEADLINE_S, pin=pin))
+        memory.keep(message.plan)
         self._state = "staged"
         return wire.Staged(spans=tuple(self._receiver.recorder.drain()))
 
@@ -328,3 +329,4 @@ class Session:
             self._delivery.close()
             self._delivery = None
         self._targets = None
+        self._receiver.memory.unlend()

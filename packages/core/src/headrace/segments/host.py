@@ -23,7 +23,7 @@ from headrace.errors import (
 from headrace.manifest import SegmentDescriptor
 from headrace.segments.capacity import require_memory
 from headrace.segments.pages import PAGE, map_tensor, populate
-from headrace.segments.pinning import PinnedRange
+from headrace.segments.pinning import PIN_CHUNK_BYTES, PinnedRange
 
 _BREATH_S = 2e-4
 _SEAL_FUTURE_WRITE = 0x10
@@ -213,10 +213,11 @@ class MappedSegment:
             if between is not None:
                 between()
 
-    def prepare(self, chunk_bytes: int, *, pin: bool) -> None:
+    def prepare(self, chunk_bytes: int, *, pin: bool, whole: bool = False) -> None:
         """Make all pages ready to be copied from, once: mapped, and for copies by a GPU page-locked until `close`.
 
         Blocking, without the GIL, chunk by chunk with a breath in between: the driver lets nobody else in meanwhile.
+        `whole`: page-locked in one piece, for copies that know nothing of chunks, of an engine that may stand still.
 
         Raises:
             TransportError: The kernel could not bring a page in.
@@ -227,7 +228,8 @@ class MappedSegment:
             self.populate(chunk_bytes)
             if pin:
                 address, size = self.tensor.data_ptr(), self.descriptor.num_bytes
-                self._pinned = PinnedRange(address, size, lambda: time.sleep(_BREATH_S))
+                chunk = size if whole else PIN_CHUNK_BYTES
+                self._pinned = PinnedRange(address, size, lambda: time.sleep(_BREATH_S), chunk_bytes=chunk)
 
     def close(self) -> None:
         """Unmap once no view is left; idempotent. No GPU may be reading it any more."""
