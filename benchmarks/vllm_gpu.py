@@ -152,6 +152,7 @@ def baselines(engine: RemoteEngine, model: Model, tp: int, repeats: int) -> list
     for way, count in (("load_weights", repeats), ("layerwise", 3)):
         seconds = [max(engine.engine.rpc(f"bench_pool_{way}", told)) for _ in range(1 + count)]
         found.append((f"vLLM's {way}, from pinned memory", Spread.of(seconds[1:]).ms()))
+        print("  ".join(found[-1]), flush=True)
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -230,6 +231,7 @@ def measure(
             usual = bench.usual_gap(times)
         for row in rows:
             print("  ".join(row), flush=True)
+        print(f"usual gap {usual.ms()}", flush=True)
         others = baselines(engine, model, tp, repeats)
     rates = [len(stream) / (stream[-1] - stream[0]) for stream in times if len(stream) > 1]
     notes = (
