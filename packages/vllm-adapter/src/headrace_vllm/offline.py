@@ -100,7 +100,7 @@ class LlmControl(_Attached):
     def enrol(self, ticket: Ticket, deadline_s: float) -> None:
         """Hand the ticket to every worker."""
         kwargs = _call_of(self._method, ticket)
-        self._within(deadline_s, lambda: self._engine.collective_rpc(self._method, deadline_s, (), kwargs))
+        self._within(deadline_s, lambda: self._engine.collective_rpc(self._method, kwargs=kwargs))
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop the scheduler; with `recompute` KV and prefix caches are dropped."""
@@ -131,7 +131,7 @@ class LlmControl(_Attached):
         return getattr(client.engine_core, name)(*args)
 
     def _within(self, deadline_s: float, call: Callable[[], T]) -> T:
-        """Run a blocking call of vLLM, which has no deadlines of its own."""
+        """Run a blocking call of vLLM, which gets no time-out of its own: see `VllmControl`."""
         return call_within(self.address, deadline_s, call)
 
 
