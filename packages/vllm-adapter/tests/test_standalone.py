@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from headrace.config import EngineTarget
-from headrace.errors import BackendUnavailableError, ConnectError
+from headrace.errors import BackendUnavailableError, ConfigError, ConnectError
 from headrace.protocols import EngineControl, Ticket
 from headrace.registry import engine_control
 from headrace_vllm import VllmControl, attach
@@ -88,6 +88,13 @@ def test_vllm_gets_no_time_out_from_an_engine_object() -> None:
     )
     attach(engine).enrol(TICKET, 5)
     assert calls == [("init_weight_transfer_engine", None)]
+
+
+@pytest.mark.parametrize("balancing", ["data_parallel_external_lb", "data_parallel_hybrid_lb"])
+def test_an_object_that_reaches_only_some_engines_is_refused(balancing: str) -> None:
+    config = config_for_headrace(**{balancing: True})
+    with pytest.raises(ConfigError, match=f"{balancing}: its object reaches only some"):
+        attach(SimpleNamespace(vllm_config=config))
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0+cpu", "0.29.1rc1", "0.0.0.dev7", "dev"])
