@@ -19,7 +19,14 @@ from faults_world import MakeWorld, World, slow_tcp
 from headrace import wire
 from headrace.config import Deadlines
 from headrace.control.dialer import Dialer
-from headrace.errors import ConfigError, ConnectError, HeadraceError, LocalProtocolError, VersionSkewError
+from headrace.errors import (
+    ConfigError,
+    ConnectError,
+    HeadraceError,
+    LocalProtocolError,
+    TransferTimeoutError,
+    VersionSkewError,
+)
 from headrace.protocols import Ticket
 from headrace.server.parameter_server import ParameterServer
 from headrace.testing.bare_engine import BareControl
@@ -207,6 +214,20 @@ def test_an_engine_that_cannot_be_enrolled_leaves_the_others_free(world: World) 
     with pytest.raises(ConnectError, match="no such door"):
         server.update([world.control, DoorlessControl(world.engine)])
     world.update(world.trainer(3), 3)
+    world.update(server, 2)
+
+
+class PartialFront(BareControl):
+    """Of data-parallel engines behind several fronts: it counts all workers, and its tickets reach only its own."""
+
+    def expected_receivers(self, deadline_s: float) -> int:
+        return 2 * super().expected_receivers(deadline_s)
+
+
+def test_a_front_that_reaches_only_some_workers_is_named_as_a_cause(world: World) -> None:
+    server = world.trainer(2)
+    with pytest.raises(TransferTimeoutError, match=r"came: .*external or hybrid load balancing"):
+        server.update(PartialFront(world.engine), deadlines=Deadlines(enrol_s=2))
     world.update(server, 2)
 
 

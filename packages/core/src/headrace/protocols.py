@@ -68,7 +68,8 @@ class InferenceBackend(Protocol):
            the engine serves; they change nothing.
         2. `loaded_from` - once, to prove the recipe against what the engine itself loaded.
         3. Per update, engine paused or worker held: `commit_scope` is entered; live tensors are written; then, only if
-           something is opaque, `begin_reload`, `load`, `end_reload`; then `rederive`; the scope is left.
+           something is opaque, `begin_reload`, `load`, `end_reload`; then `rederive`; the scope is left. Where one of
+           them fails, the reload is over: the commit that tries again begins another.
         4. `set_version` - when all ranks of the instance have succeeded.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from headrace.adapter.part import Part
 from headrace.adapter.watch import processed, twin_of, watch
 from headrace.errors import ApplyError
 from headrace.protocols import InferenceBackend, WorkerIdentity
-from headrace.testing.backend_suite import BackendTests
+from headrace.testing.backend_suite import BackendTests, Weights, reload
 from headrace.types import WorkerId
 
 WIDTH, OUT = 8, 6
@@ -139,6 +141,10 @@ class ModelBackendTests(BackendTests):
         assert [(note.rewrote, note.keeps) for note in notes if note] == [expected] * 2
 
 
+def _out_of_memory(_layer: nn.Module) -> None:
+    raise torch.OutOfMemoryError
+
+
 class TestPlain(ModelBackendTests):
     method = Plain
 
@@ -152,9 +158,55 @@ class TestRepacked(ModelBackendTests):
         backend.load([("gate.weight", torch.zeros(WIDTH, WIDTH))])
         with pytest.raises(RuntimeError):
             backend.load([("down.weight", torch.zeros(OUT, WIDTH + 1))])
-        backend.begin_reload()
-        backend._reload.abandon()  # type: ignore[union-attr]
         assert torch.equal(self.compute(backend), before)
+
+    def test_a_reload_that_never_ends_is_taken_back_by_the_next(self, backend: ModelBackend) -> None:
+        old = dict(self.model.named_parameters())
+        backend.begin_reload()
+        backend.begin_reload()
+        with pytest.raises(RuntimeError):
+            backend.load([("down.weight", torch.zeros(OUT, WIDTH + 1))])
+        assert all(old[name] is parameter for name, parameter in self.model.named_parameters())
+
+    @pytest.mark.parametrize("failing", ["gate_up", "down"])
+    def test_a_restore_without_memory_loses_no_weights(
+        self, backend: ModelBackend, other: Weights, failing: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As vLLM's: first the parameters are taken away, then memory for new ones is asked for."""
+        before, old = self.compute(backend), dict(self.model.named_parameters())
+
+        def restore(module: nn.Module) -> None:
+            if module is not getattr(self.model, failing):
+                ModelBackend.restore(backend, module)
+                return
+            del module.weight
+            module.register_parameter("weight", nn.Parameter(torch.empty(WIDTH, WIDTH, device="meta")))
+            module.register_buffer("scale", torch.empty(1, device="meta"))
+            raise torch.OutOfMemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "restore", restore)
+            with pytest.raises(torch.OutOfMemoryError):
+                backend.begin_reload()
+        assert torch.equal(self.compute(backend), before)
+        assert not list(self.model.buffers())
+        reload(backend, other.tensors)
+        assert all(old[name] is parameter for name, parameter in self.model.named_parameters())
+        assert torch.equal(self.compute(backend), other.output)
+
+    def test_processing_that_fails_keeps_no_second_copy(
+        self, backend: ModelBackend, other: Weights, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = dict(self.model.named_parameters())
+        backend.begin_reload()
+        backend.load(other.tensors.items())
+        copy = weakref.ref(self.model.down.weight)
+        monkeypatch.setattr(self.model.down.quant_method, "process_weights_after_loading", _out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            backend.end_reload()
+        assert all(old[name] is parameter for name, parameter in self.model.named_parameters())
+        gc.collect()
+        assert copy() is None
 
     def test_a_loader_that_drops_weights_is_noticed(self, backend: ModelBackend) -> None:
         before = self.compute(backend)
@@ -162,7 +214,6 @@ class TestRepacked(ModelBackendTests):
         backend.load((name, torch.zeros(WIDTH, WIDTH)) for name in ("gate.weight", "up.weight"))
         with pytest.raises(ApplyError, match="wrote nothing into weight of a Layer"):
             backend.end_reload()
-        backend._reload.abandon()  # type: ignore[union-attr]
         assert torch.equal(self.compute(backend), before)
 
 

@@ -110,6 +110,36 @@ def test_a_pause_keeps_requests_and_changes_no_token(
     assert isinstance(late.get(timeout=10), TokenMade)
 
 
+class YieldingCondition(threading.Condition):
+    """Lets all others go first whenever the engine's loop has let go of it."""
+
+    def __exit__(self, *told: object) -> None:
+        super().__exit__(*told)  # type: ignore[arg-type]
+        if threading.current_thread().name == "engine-loop":
+            time.sleep(0.02)
+
+
+def test_a_pause_between_a_step_and_its_tokens_drops_no_cache_that_is_thought_kept(
+    checkpoints: dict[str, Path],
+) -> None:
+    engine = EmbeddedEngine(EngineSettings(model=checkpoints["qwen3"], start_s=60.0, step_s=20.0))
+    engine._changed = YieldingCondition()
+    engine.start()
+    try:
+        engine.wait_ready(60.0)
+        made = []
+        for token in engine.generate(PROMPTS[0], GREEDY):
+            made.append(token.token)
+            if len(made) == 10:
+                while not engine._is_stepping:
+                    time.sleep(0.001)
+                engine.pause("recompute", 10.0)
+                engine.resume()
+        assert made == reference(checkpoints["qwen3"], PROMPTS[0])
+    finally:
+        engine.stop()
+
+
 def test_seeded_samples_repeat_across_a_pause(
     checkpoints: dict[str, Path], shared_engine: StartEngine
 ) -> None:

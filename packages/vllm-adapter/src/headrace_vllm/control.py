@@ -34,6 +34,9 @@ class VllmControl(HttpEngine):
 
     The routes exist only with `VLLM_SERVER_DEV_MODE=1`, and vLLM's `--api-key` does not guard them: keep them in a
     network of their own, or behind a proxy whose key and certificate `headers` and `verify` carry.
+
+    Deadlines are HTTP's. vLLM gets no time-outs: one that passed there would leave answers of workers for later calls,
+    also forward steps, to find.
     """
 
     def expected_receivers(self, deadline_s: float) -> int:
@@ -59,7 +62,7 @@ class VllmControl(HttpEngine):
         )
         if first.is_success:
             return
-        call = {"method": "headrace_enrol", "kwargs": fields, "timeout": deadline_s}
+        call = {"method": "headrace_enrol", "kwargs": fields}
         second = self._send("POST", "/collective_rpc", deadline_s, json=call, headers=once)
         if not second.is_success:
             said = [f"/init_weight_transfer_engine: {_brief(first)}", f"/collective_rpc: {_brief(second)}"]
@@ -80,7 +83,6 @@ class VllmControl(HttpEngine):
 
     def hold(self, update_id: str, deadline_s: float) -> None:
         """Have every worker stand still, between the same two forward steps, until its receiver lets go."""
-        # vLLM gets no time-out: one that passed there would leave answers of workers for later calls to find.
         call = {"method": HOLD, "kwargs": {"update_id": update_id, "deadline_s": deadline_s}}
         self._request("POST", "/collective_rpc", deadline_s, json=call)
 

@@ -30,7 +30,8 @@ def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineCon
         loop: The event loop that an `AsyncLLM` serves in; None takes the running one.
 
     Raises:
-        ConfigError: The engine was not started for Headrace, or an `AsyncLLM` is given outside of its loop.
+        ConfigError: The engine was not started for Headrace, its object reaches only some of its workers, or an
+            `AsyncLLM` is given outside of its loop.
     """
     config = getattr(llm, "vllm_config", None) or getattr(
         getattr(llm, "llm_engine", None), "vllm_config", None
@@ -39,6 +40,7 @@ def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineCon
         message = f"{type(llm).__name__} is no vLLM engine; give an LLM, an LLMEngine or an AsyncLLM"
         raise ConfigError(message, name="llm")
     method = _enrol_method(config)
+    _check_reach(config.parallel_config)
     if asyncio.iscoroutinefunction(llm.collective_rpc):
         return AsyncLlmControl(llm, config, method, loop or running_loop("an AsyncLLM"))
     return LlmControl(getattr(llm, "llm_engine", llm), config, method)
@@ -55,6 +57,17 @@ def _enrol_method(config: Any) -> str:  # noqa: ANN401 - a VllmConfig
         "or worker_extension_cls='headrace_vllm.WorkerExtension'"
     )
     raise ConfigError(message, name="llm")
+
+
+def _check_reach(parallel: Any) -> None:  # noqa: ANN401 - a ParallelConfig
+    """Refuse a front of data-parallel engines that it does not reach all of."""
+    for name in ("data_parallel_external_lb", "data_parallel_hybrid_lb"):
+        if getattr(parallel, name, False):
+            message = (
+                f"this engine runs with {name}: its object reaches only some of the data-parallel engines; let vLLM "
+                "balance the load itself, or start independent engines"
+            )
+            raise ConfigError(message, name=name)
 
 
 def _call_of(method: str, ticket: Ticket) -> dict[str, Any]:
@@ -100,7 +113,7 @@ class LlmControl(_Attached):
     def enrol(self, ticket: Ticket, deadline_s: float) -> None:
         """Hand the ticket to every worker."""
         kwargs = _call_of(self._method, ticket)
-        self._within(deadline_s, lambda: self._engine.collective_rpc(self._method, deadline_s, (), kwargs))
+        self._within(deadline_s, lambda: self._engine.collective_rpc(self._method, kwargs=kwargs))
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop the scheduler; with `recompute` KV and prefix caches are dropped."""
@@ -131,7 +144,7 @@ class LlmControl(_Attached):
         return getattr(client.engine_core, name)(*args)
 
     def _within(self, deadline_s: float, call: Callable[[], T]) -> T:
-        """Run a blocking call of vLLM, which has no deadlines of its own."""
+        """Run a blocking call of vLLM, which gets no time-out of its own: see `VllmControl`."""
         return call_within(self.address, deadline_s, call)
 
 

@@ -82,7 +82,7 @@ class ModelBackend:
         """Run the models' own loaders; a draft's first, so that what it shares ends as the answering model's."""
         given = dict(pairs)
         model, *drafts = self._parts
-        with self.bare():
+        with self._abandoning(), self.bare():
             for draft in drafts:
                 if draft.is_fed_by(given):
                     self._begin(draft)
@@ -91,15 +91,15 @@ class ModelBackend:
 
     def begin_reload(self) -> None:
         """Give modules whose weights were rewritten the loader's layout again; nothing to do where none are."""
-        if self._reload is not None:
-            self._reload.abandon()
+        self._abandon()
         self._reload = ModuleReload(self.restore, self.process)
-        self._begin(self._parts[0])
+        with self._abandoning():
+            self._begin(self._parts[0])
 
     def end_reload(self) -> None:
         """Have the engine process them again."""
         if self._reload is not None:
-            with self._parts[0].context(), self.bare():
+            with self._abandoning(), self._parts[0].context(), self.bare():
                 self._reload.end()
         self._reload = None
 
@@ -157,6 +157,20 @@ class ModelBackend:
         if self._reload is not None:
             with part.context(), self.bare():
                 self._reload.begin(part.rewritten())
+
+    @contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """Take a reload back that fails in the body: no second copy is kept until the next one begins."""
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        if self._reload is not None:
+            self._reload.abandon()
+        self._reload = None
 
     def _deriving(self) -> list[tuple[Part, str, nn.Module]]:
         """Return modules that hold something computed, each once: models share some."""

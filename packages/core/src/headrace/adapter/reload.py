@@ -17,18 +17,18 @@ _UNTOUCHED |= {8: (torch.int64, 0x5A5A5A5A5A5A5A5A)}
 """By element size: what new parameters hold until the loader writes them, as an integer dtype and its value."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Begun:
     """A module in its reload: what its kernels read until now, and which parameters the loader must write."""
 
     module: nn.Module
     parameters: dict[str, Any]
     buffers: dict[str, Any]
-    awaited: tuple[str, ...]
+    awaited: tuple[str, ...] = ()
 
 
 class ModuleReload:
-    """One run of the life cycle: `begin`, the engine's loader, `end`; the engine is paused.
+    """One run of the life cycle: `begin`, the engine's loader, `end`; `abandon` where one fails. The engine is paused.
 
     Needs memory for a second copy of the modules' parameters between `begin` and `end`.
 
@@ -44,19 +44,13 @@ class ModuleReload:
 
     def begin(self, modules: Sequence[nn.Module]) -> None:
         """Give modules parameters in the loader's layout, and keep those that the kernels read. May be repeated."""
-        begun = {id(begun.module) for begun in self._begun}
-        for module in (module for module in modules if id(module) not in begun):
-            old, buffers = dict(module._parameters), dict(module._buffers)
+        known = {id(begun.module) for begun in self._begun}
+        for module in (module for module in modules if id(module) not in known):
+            begun = _Begun(module, dict(module._parameters), dict(module._buffers))
+            # Noted first: `restore` may take the old parameters away and then find no memory for new ones.
+            self._begun.append(begun)
             self._restore(module)
-            new = {n: p for n, p in module._parameters.items() if p is not None and p is not old.get(n)}
-            values = constructed(module)
-            awaited = tuple(n for n, p in new.items() if n not in values and p.element_size() in _UNTOUCHED)
-            self._begun.append(_Begun(module, old, buffers, awaited))
-            for name in new.keys() & values.keys():
-                new[name].data.copy_(values[name])
-            for name in awaited:
-                kind, untouched = _UNTOUCHED[new[name].element_size()]
-                new[name].data.view(kind).fill_(untouched)
+            begun.awaited = _fill_new(module, begun.parameters)
 
     def end(self) -> None:
         """Process what was loaded, and put it where the kernels have always read it.
@@ -75,12 +69,28 @@ class ModuleReload:
         self._begun = []
 
     def abandon(self) -> None:
-        """Put the old parameters back after a failure; their bytes are still those from before."""
+        """Put the old parameters back after a failure, and let go of the new ones.
+
+        The old ones' bytes are those from before, but where `end` was under way: it may have put new ones there.
+        """
         for begun in self._begun:
-            begun.module._parameters.clear()
-            begun.module._parameters.update(begun.parameters)
-            begun.module._buffers.update(begun.buffers)
+            for now, old in ((begun.module._parameters, begun.parameters), (begun.module._buffers, begun.buffers)):
+                now.clear()
+                now.update(old)
         self._begun = []
+
+
+def _fill_new(module: nn.Module, old: dict[str, Any]) -> tuple[str, ...]:
+    """Give new parameters what they were constructed as, or a mark; return the marked: the loader must write them."""
+    new = {n: p for n, p in module._parameters.items() if p is not None and p is not old.get(n)}
+    values = constructed(module)
+    awaited = tuple(n for n, p in new.items() if n not in values and p.element_size() in _UNTOUCHED)
+    for name in new.keys() & values.keys():
+        new[name].data.copy_(values[name])
+    for name in awaited:
+        kind, untouched = _UNTOUCHED[new[name].element_size()]
+        new[name].data.view(kind).fill_(untouched)
+    return awaited
 
 
 def _check_loaded(module: nn.Module, name: str) -> None:

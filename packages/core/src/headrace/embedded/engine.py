@@ -233,23 +233,27 @@ class EmbeddedEngine:
             return requests, Step([request.job() for request in requests], ended)
 
     def _step(self, requests: list[Request], command: Step, stop_tokens: frozenset[int]) -> None:
+        """Make a token per request. The step lasts until they are accepted: only then may a pause drop caches."""
         try:
             replies = self._fleet.call(command, Stepped, self.settings.step_s)
+            with self._changed:
+                self._accept(requests, replies, stop_tokens)
         finally:
             with self._changed:
                 self._is_stepping = False
                 self._changed.notify_all()
-        with self._changed:
-            difference = version_conflict(replies)
+
+    def _accept(self, requests: list[Request], replies: list[Stepped], stop_tokens: frozenset[int]) -> None:
+        difference = version_conflict(replies)
+        if difference:
+            self._mixed_steps += 1
+        for request, token in zip(requests, replies[0].tokens, strict=True):
+            if request.number not in self._waiting:
+                continue
             if difference:
-                self._mixed_steps += 1
-            for request, token in zip(requests, replies[0].tokens, strict=True):
-                if request.number not in self._waiting:
-                    continue
-                if difference:
-                    self._end(request, Finished("error", IntegrityError(difference, weights_state="mixed")))
-                elif reason := request.accept(token, replies[0].begin.version, stop_tokens):
-                    self._end(request, Finished(reason))
+                self._end(request, Finished("error", IntegrityError(difference, weights_state="mixed")))
+            elif reason := request.accept(token, replies[0].begin.version, stop_tokens):
+                self._end(request, Finished(reason))
 
     def _stop_stepping(self, end: float, deadline_s: float) -> None:
         with self._changed:

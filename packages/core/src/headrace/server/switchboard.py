@@ -202,6 +202,7 @@ class Switchboard:
         deadline_s: float,
         what: str,
         alive: Callable[[], None] = lambda: None,
+        hint: str = "",
     ) -> list[Peer]:
         """Wait until `count` peers that are `wanted` have presented themselves; others are sent away.
 
@@ -213,6 +214,7 @@ class Switchboard:
             deadline_s: Limit.
             what: What they are, for messages.
             alive: Called now and then while waiting; may raise to break the wait off.
+            hint: What may be wrong where some came and others did not, for messages.
 
         Raises:
             VersionSkewError: Fewer came, and one that spoke another protocol version was refused.
@@ -226,7 +228,8 @@ class Switchboard:
                 if peer is None:
                     alive()
                     if time.monotonic() >= limit:
-                        raise self._too_few(found, count, f"{what} did not dial in within {deadline_s:.0f} s")
+                        text = f"{what} did not dial in within {deadline_s:.0f} s"
+                        raise self._too_few(found, count, text, hint if found else "")
                 elif wanted(peer):
                     found.append(peer)
                 else:
@@ -243,11 +246,12 @@ class Switchboard:
         except queue.Empty:
             return None
 
-    def _too_few(self, found: Sequence[Peer], count: int, what: str) -> HeadraceError:
+    def _too_few(self, found: Sequence[Peer], count: int, what: str, hint: str) -> HeadraceError:
         came = ", ".join(_label(peer.key) for peer in found) or "nobody"
         refusals = self.hub.take_refusals()
         refused = "; refused: " + ", ".join(str(error) for error in refusals) if refusals else ""
-        text = f"{count - len(found)} of {count} {what}; came: {came}{refused}"
+        asked = f"; {hint}" if hint else ""
+        text = f"{count - len(found)} of {count} {what}; came: {came}{refused}{asked}"
         if any(isinstance(error, VersionSkewError) for error in refusals):
             return VersionSkewError(text, phase="enrol")
         return TransferTimeoutError(text, phase="enrol", retryable=True)

@@ -41,6 +41,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 FINISH_S = 10.0
 SETTLE_S = 10.0
+_PARTIAL = (
+    "does the address reach all workers that the engine counts? One of several fronts of data-parallel engines "
+    "(external or hybrid load balancing) does not, and cannot be updated"
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class Update:
             try:
                 self._each(lambda i: i.control.enrol(self._ticket(i), limits.enrol_s))
                 peers = self._kept.switchboard.arrivals(
-                    sum(counts), lambda p: p.hello.token in tokens, limits.enrol_s, "receivers"
+                    sum(counts), lambda p: p.hello.token in tokens, limits.enrol_s, "receivers", hint=_PARTIAL
                 )
             except BaseException:
                 self._kept.switchboard.give_up(tokens)
