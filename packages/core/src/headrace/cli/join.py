@@ -21,10 +21,11 @@ from headrace.cli.options import (
     ReadyS,
     ReportFile,
     To,
+    budget_bytes,
     engine_targets,
 )
 from headrace.cli.render import print_report, report_json
-from headrace.config import GIB, Deadlines, UpdateSettings, host_settings
+from headrace.config import Deadlines, UpdateSettings, host_settings
 
 if TYPE_CHECKING:
     from headrace.server.joining import JoinReport
@@ -67,7 +68,7 @@ def join(
     invitation = invitation_of(keeper, token, load_metas)
     update = UpdateSettings(
         version=version,
-        budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
+        budget_bytes=budget_bytes(budget_gib),
         deadlines=Deadlines(ready_s=ready_s),
     )
     settings = JoinSettings(update=update, transport=transport)

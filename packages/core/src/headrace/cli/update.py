@@ -32,11 +32,13 @@ from headrace.cli.options import (
     Transport,
     Verify,
     Version,
+    bucket_bytes,
+    budget_bytes,
     engine_targets,
     unchecked,
 )
 from headrace.cli.render import print_report, report_json
-from headrace.config import GIB, MIB, Deadlines, UpdateSettings
+from headrace.config import Deadlines, UpdateSettings
 from headrace.telemetry import chrome_trace
 
 if TYPE_CHECKING:
@@ -91,8 +93,8 @@ def update(
         version=version,
         strict=strict,
         rolling=rolling,
-        budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
-        bucket_bytes=int(bucket_mib * MIB),
+        budget_bytes=budget_bytes(budget_gib),
+        bucket_bytes=bucket_bytes(bucket_mib),
         deadlines=Deadlines(ready_s=ready_s),
     )
     targets = engine_targets(to, header, ca, cert, insecure)
