@@ -128,6 +128,7 @@ class HostSettings:
 
 
 _CPUS = "HEADRACE_MOONCAKE_CPUS"
+_ALL_ADDRESSES = ("0.0.0.0", "::", "*")  # noqa: S104 - compared with, not bound
 
 
 def cpu_set(text: str, name: str) -> frozenset[int]:
@@ -174,8 +175,14 @@ def size_bytes(given: float | str, unit_bytes: int, name: str) -> int:
     return int(wished)
 
 
+def advertised(bind: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return what peers are told to dial: `HEADRACE_ADVERTISE`, else `bind`; None where that is every address."""
+    env = os.environ if environ is None else environ
+    return env.get("HEADRACE_ADVERTISE") or (None if bind in _ALL_ADDRESSES else bind)
+
+
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
-    """Read the `HEADRACE_*` variables: the only place that does.
+    """Read the `HEADRACE_*` variables, which only this module does.
 
     `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`, `HEADRACE_RECIPE_CACHE`,
     `HEADRACE_MOONCAKE_CPUS`, `HEADRACE_STAGING_GIB`.
@@ -199,5 +206,5 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
         mooncake_cpus=cpu_set(cpus, _CPUS) if (cpus := env.get(_CPUS)) else None,
         staging_bytes=size_bytes(env.get("HEADRACE_STAGING_GIB", "0"), GIB, "HEADRACE_STAGING_GIB"),
         recipe_cache=Path(cache) if (cache := env.get("HEADRACE_RECIPE_CACHE")) else None,
-        advertise_host=env.get("HEADRACE_ADVERTISE") or ("127.0.0.1" if bind in ("0.0.0.0", "*") else bind),  # noqa: S104
+        advertise_host=advertised(bind, env) or "127.0.0.1",
     )

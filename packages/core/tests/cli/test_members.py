@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from headrace.cli.hold import _host
 from headrace.cli.main import app
 from headrace.cli.members import invitation_of, with_nics
 from headrace.cli.status import standing_table
@@ -26,13 +27,33 @@ HERE = Invitation("tcp://127.0.0.1:7000", "k" * 40, "secret")
         (["--bind", "10.1.2.3:7000", "--transport", "mooncake"], "--allow-unauthenticated-data-plane"),
         (["--transport", "rdma"], "choose tcp or mooncake"),
         (["--bind", "host:port"], "HOST or HOST:PORT"),
+        (["--bind", ":7000"], "HOST or HOST:PORT"),
+        (["--bind", "0.0.0.0:5555"], "HEADRACE_ADVERTISE"),
         (["--with", "/nonexistent"], "cannot be read"),
     ],
 )
 def test_what_hold_refuses(options: list[str], complaint: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["hold", "--checkpoint", str(tmp_path), *options])
+    result = CliRunner(env={"HEADRACE_ADVERTISE": None}).invoke(app, ["hold", "--checkpoint", str(tmp_path), *options])
     assert result.exit_code == 1
     assert complaint in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("bind", "advertise", "variable", "told"),
+    [
+        ("0.0.0.0:5555", None, "10.0.0.5", "10.0.0.5"),
+        ("0.0.0.0:5555", "10.0.0.7", "10.0.0.5", "10.0.0.7"),
+        ("::", "10.0.0.7", "", "10.0.0.7"),
+        ("10.0.0.6:5555", None, "10.0.0.5", "10.0.0.5"),
+        ("10.0.0.6", None, "", "10.0.0.6"),
+        (None, None, "10.0.0.5", "10.0.0.5"),
+    ],
+)
+def test_what_others_are_told_to_dial(
+    bind: str | None, advertise: str | None, variable: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_ADVERTISE", variable)
+    assert _host(bind, advertise, "tcp", allowed=False).advertise_host == told
 
 
 def test_ways_to_name_a_keeper(tmp_path: Path) -> None:
