@@ -64,7 +64,7 @@ def hold(
     from headrace.store.checkpoint import CheckpointSource
 
     host = _host(bind, advertise, transport, allowed=allow_unauthenticated_data_plane)
-    host = with_cpus(with_nics(host, nics), mooncake_cpus)
+    host = with_cpus(with_nics(host, nics, transport), mooncake_cpus)
     launch = launched_by_torchrun()
     if launch is not None and launch.rank > 0:
         hold_as_rank(launch, checkpoint, replace(host, bind_port=0))

@@ -73,7 +73,7 @@ def join(
     )
     settings = JoinSettings(update=update, transport=transport)
     targets = engine_targets(to, header, ca, cert, insecure)
-    host = with_cpus(with_nics(host_settings(), nics), mooncake_cpus)
+    host = with_cpus(with_nics(host_settings(), nics, transport), mooncake_cpus)
     check_writable(report, "--report")
     with ExitStack() as stack:
         with UpdateProgress("join") as progress:
