@@ -42,7 +42,15 @@ def test_public_names_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"route": "fast"}, {"cache": "x"}, {"verify": "yes"}, {"version": -1}, {"bucket_bytes": 1}]
+    "wrong",
+    [
+        {"route": "fast"},
+        {"cache": "x"},
+        {"verify": "yes"},
+        {"version": -1},
+        {"bucket_bytes": 1},
+        {"budget_bytes": -1},
+    ],
 )
 def test_a_bad_setting_is_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as caught:

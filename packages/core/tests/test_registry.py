@@ -50,6 +50,15 @@ def test_load_imports_only_what_was_asked_for(install: Install) -> None:
     assert "acme_smoke" not in sys.modules
 
 
+def test_a_transport_that_nobody_knows_is_refused_and_others_are_not_imported(install: Install) -> None:
+    install("acme-wires", "headrace.transports", {"smoke": "acme_smoke:Smoke"}, acme_smoke="raise RuntimeError\n")
+    for name in ("auto", "collective", "memory", "tcp", "mooncake", "smoke"):
+        registry.check_transport(name)
+    with pytest.raises(ConfigError, match="choose one of auto, collective, memory, mooncake, smoke, tcp"):
+        registry.check_transport("drum")
+    assert "acme_smoke" not in sys.modules
+
+
 def test_missing_name_lists_usable_and_broken_ones(install: Install) -> None:
     install(
         "acme-wires",

@@ -93,6 +93,8 @@ class UpdateSettings:
             raise ConfigError(f"version is {self.version}; it must not be negative", name="version")
         if self.bucket_bytes < 4096:
             raise ConfigError(f"bucket_bytes is {self.bucket_bytes}; the least is 4096", name="bucket_bytes")
+        if self.budget_bytes is not None and self.budget_bytes < 0:
+            raise ConfigError(f"budget_bytes is {self.budget_bytes}; it must not be negative", name="budget_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +128,7 @@ class HostSettings:
 
 
 _CPUS = "HEADRACE_MOONCAKE_CPUS"
+_ALL_ADDRESSES = ("0.0.0.0", "::", "*")  # noqa: S104 - compared with, not bound
 
 
 def cpu_set(text: str, name: str) -> frozenset[int]:
@@ -151,8 +154,35 @@ def cpu_set(text: str, name: str) -> frozenset[int]:
     return cpus
 
 
+def size_bytes(given: float | str, unit_bytes: int, name: str) -> int:
+    """Return a size in `MIB` or `GIB` as bytes.
+
+    Args:
+        given: How many.
+        unit_bytes: Bytes of one.
+        name: The option or variable that it comes from, for the error.
+
+    Raises:
+        ConfigError: It is no number, negative, or without end.
+    """
+    try:
+        wished = float(given) * unit_bytes
+    except ValueError:
+        wished = -1.0
+    if not 0 <= wished < float("inf"):
+        unit = {MIB: "MiB", GIB: "GiB"}[unit_bytes]
+        raise ConfigError(f"{name} is {given}; give {unit} as a number, such as 8.5", name=name)
+    return int(wished)
+
+
+def advertised(bind: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return what peers are told to dial: `HEADRACE_ADVERTISE`, else `bind`; None where that is every address."""
+    env = os.environ if environ is None else environ
+    return env.get("HEADRACE_ADVERTISE") or (None if bind in _ALL_ADDRESSES else bind)
+
+
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
-    """Read the `HEADRACE_*` variables: the only place that does.
+    """Read the `HEADRACE_*` variables, which only this module does.
 
     `HEADRACE_SOCKET_DIR`, `HEADRACE_PERMITTED_UIDS`, `HEADRACE_BIND`, `HEADRACE_ADVERTISE`, `HEADRACE_RECIPE_CACHE`,
     `HEADRACE_MOONCAKE_CPUS`, `HEADRACE_STAGING_GIB`.
@@ -174,23 +204,7 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
         permitted_uids=permitted,
         bind_host=bind,
         mooncake_cpus=cpu_set(cpus, _CPUS) if (cpus := env.get(_CPUS)) else None,
-        staging_bytes=_staging_bytes(env.get("HEADRACE_STAGING_GIB", "0")),
+        staging_bytes=size_bytes(env.get("HEADRACE_STAGING_GIB", "0"), GIB, "HEADRACE_STAGING_GIB"),
         recipe_cache=Path(cache) if (cache := env.get("HEADRACE_RECIPE_CACHE")) else None,
-        advertise_host=env.get("HEADRACE_ADVERTISE") or ("127.0.0.1" if bind in ("0.0.0.0", "*") else bind),  # noqa: S104
+        advertise_host=advertised(bind, env) or "127.0.0.1",
     )
-
-
-def _staging_bytes(text: str) -> int:
-    """Return GiB as bytes.
-
-    Raises:
-        ConfigError: It is no number, or negative.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        message = f"HEADRACE_STAGING_GIB is {text!r}; give GiB as a number, such as 8.5"
-        raise ConfigError(message, name="HEADRACE_STAGING_GIB")
-    return int(number * GIB)

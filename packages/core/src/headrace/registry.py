@@ -16,6 +16,8 @@ from headrace.protocols import EngineControl
 
 Group = Literal["headrace.engines", "headrace.trainers", "headrace.transports"]
 GROUPS: tuple[Group, ...] = get_args(Group)
+_WITHOUT_TRANSPORT = ("auto", "collective")
+"""What `UpdateSettings.transport` may be beside the names of transports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,19 @@ def load(group: Group, name: str) -> Any:  # noqa: ANN401 - what an entry point 
 def available(group: Group) -> dict[str, str]:
     """Import everything in `group` and return, by name, `ok` or why not; known names are never left out."""
     found = _installed(group)
-    names = sorted({*found, *KNOWN[group]})
-    return {name: _state(group, name, found.get(name, [])) for name in names}
+    return {name: _state(group, name, found.get(name, [])) for name in sorted({*found, *KNOWN[group]})}
+
+
+def check_transport(name: str) -> None:
+    """Refuse a transport of an update that nobody knows, so that it is told before anything is read; imports none.
+
+    Raises:
+        ConfigError: It is none; lists those that there are.
+    """
+    group: Group = "headrace.transports"
+    names = [*_WITHOUT_TRANSPORT, *sorted({*_installed(group), *KNOWN[group]})]
+    if name not in names:
+        raise ConfigError(f"transport is {name!r}; choose one of {', '.join(names)}", name="transport")
 
 
 def engine_control(target: str | EngineTarget) -> EngineControl:

@@ -45,6 +45,24 @@ def test_a_coroutine_answers_fails_or_is_late(loop: asyncio.AbstractEventLoop) -
     assert await_within("engine", 10, answer(8), loop) == 8
 
 
+def test_a_timeout_of_the_engine_is_not_the_deadline(loop: asyncio.AbstractEventLoop) -> None:
+    async def give_up() -> None:
+        raise TimeoutError("the scheduler is silent")
+
+    with pytest.raises(RemoteProtocolError, match="engine: TimeoutError: the scheduler is silent"):
+        await_within("engine", 10, give_up(), loop)
+
+
+def test_a_loop_is_not_made_to_wait_for_itself() -> None:
+    async def forgetful() -> int:
+        loop = asyncio.get_running_loop()
+        with pytest.raises(ConfigError, match=r"await asyncio\.to_thread\(server\.update, control\)"):
+            await_within("engine", 0.5, answer(7), loop)
+        return await asyncio.to_thread(await_within, "engine", 10, answer(8), loop)
+
+    assert asyncio.run(forgetful()) == 8
+
+
 def test_a_call_answers_fails_or_is_late() -> None:
     assert call_within("engine", 10, lambda: None) is None
     with pytest.raises(ConfigError, match="own words"):

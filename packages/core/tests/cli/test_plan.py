@@ -109,6 +109,11 @@ def test_route_and_budget_are_those_of_an_update(checkpoints: list[Path]) -> Non
         (["--simulate", "tp=1,racks=2"], "cannot use 'racks=2'"),
         (["--simulate", "tp=1", "--gb-per-s", "0"], "must be above 0"),
         (["--simulate", "tp=1", "--holders", "2"], "holders=N"),
+        (["--simulate", "tp=1", "--transport", "foo"], "choose one of auto, collective, memory, mooncake, tcp"),
+        (["--to", "torch=http://127.0.0.1:1", "--transport", "foo", "--ready-s", "0.1"], "transport is 'foo'"),
+        (["--simulate", "tp=1", "--bucket-mib", "nan"], "--bucket-mib is nan; give MiB"),
+        (["--simulate", "tp=1", "--bucket-mib", "inf"], "--bucket-mib is inf; give MiB"),
+        (["--simulate", "tp=1", "--budget-gib", "-1"], "--budget-gib is -1.0; give GiB"),
         ([], "either engines with --to, or a cluster"),
     ],
 )
@@ -167,6 +172,13 @@ def test_the_command_plans_for_a_running_engine(checkpoints: list[Path], engine:
     assert [w["rank"] for w in data["workers"]] == [0, 1]
     assert len(data["holders"]) == 2
     assert engine.get("/headrace/status")["weight_version"] == served
+
+
+def test_an_update_over_a_transport_that_nobody_knows_reads_nothing(checkpoints: list[Path]) -> None:
+    with ParameterServer(checkpoints[0]) as server:
+        with pytest.raises(ConfigError, match="transport is 'foo'"):
+            server.update("torch=http://127.0.0.1:1", transport="foo")
+        assert not server.holders.addresses
 
 
 def test_a_source_that_does_not_fit_is_told_without_a_pause(engine: EngineProcess, tmp_path: Path) -> None:

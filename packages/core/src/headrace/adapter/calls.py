@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait
 from typing import Any, TypeVar
 
 from headrace.errors import ConfigError, HeadraceError, RemoteProtocolError, TransferTimeoutError
@@ -47,21 +47,55 @@ def await_within(
     A loop that stands still between the engine's calls is run by the calling thread.
 
     Raises:
+        ConfigError: It was called in the loop's own thread, which would wait for itself.
         TransferTimeoutError: It did not end within the deadline, and was cancelled.
-        HeadraceError: What it raised; errors of the engine become `RemoteProtocolError`.
+        HeadraceError: What it raised; errors of the engine, its own timeouts too, become `RemoteProtocolError`.
     """
+    if _runs_here(loop):
+        call.close()
+        message = (
+            f"{address} serves in the event loop that this call would block; call from another thread: "
+            "await asyncio.to_thread(server.update, control)"
+        )
+        raise ConfigError(message, name="loop")
     try:
         if loop.is_running():
-            future = asyncio.run_coroutine_threadsafe(call, loop)
-            try:
-                return future.result(deadline_s)
-            finally:
-                future.cancel()
-        return loop.run_until_complete(asyncio.wait_for(call, deadline_s))
-    except (FutureTimeoutError, TimeoutError) as error:
-        raise _late(address, deadline_s) from error
+            return _awaited_elsewhere(address, deadline_s, call, loop)
+        return loop.run_until_complete(_awaited_here(address, deadline_s, call))
+    except HeadraceError:
+        raise
     except Exception as error:
         raise _refused(address, error) from error
+
+
+def _awaited_elsewhere(
+    address: str, deadline_s: float, call: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
+) -> T:
+    future = asyncio.run_coroutine_threadsafe(call, loop)
+    try:
+        if not wait([future], deadline_s).done:
+            raise _late(address, deadline_s)
+        return future.result()
+    finally:
+        future.cancel()
+
+
+async def _awaited_here(address: str, deadline_s: float, call: Coroutine[Any, Any, T]) -> T:
+    limit = asyncio.timeout(deadline_s)
+    try:
+        async with limit:
+            return await call
+    except TimeoutError as error:
+        if limit.expired():
+            raise _late(address, deadline_s) from error
+        raise
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
 
 
 def running_loop(engine: str) -> asyncio.AbstractEventLoop:

@@ -52,6 +52,11 @@ def format_seconds(seconds: float) -> str:
     return f"{value:.3g} {unit}" if abs(value) < 1000 else f"{value:.0f} {unit}"
 
 
+def show_warning(text: str) -> None:
+    """Write one line to stderr about what went wrong beside the work itself."""
+    stderr().print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
 def show_error(error: HeadraceError, *, debug: bool) -> None:
     """Write an error to stderr: one red line, then what it lists; with `debug` the traceback before it."""
     console = stderr()

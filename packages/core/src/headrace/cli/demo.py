@@ -16,7 +16,6 @@ With `--json` stdout holds one document with these keys, and nothing else:
 
 from __future__ import annotations
 
-import json
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from headrace.cli.console import print_json, stderr
+from headrace.cli.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -58,14 +58,14 @@ def demo(
     from headrace.telemetry import chrome_trace
 
     settings = DemoSettings(tp=tp, device=device, seed=seed, num_updates=updates, num_requests=requests)
+    check_writable(trace, "--trace")
     with _ends_on_sigterm(), _folder(keep) as folder, DemoProgress(updates) as progress:
         outcome = run_demo(settings, folder, progress)
-    if trace is not None:
-        trace.write_text(json.dumps(chrome_trace(outcome.spans)))
     if as_json:
         print_json(outcome_json(outcome, settings))
     else:
         print_outcome(outcome)
+    write_json(trace, chrome_trace(outcome.spans))
     if not outcome.ok:
         raise typer.Exit(1)
 

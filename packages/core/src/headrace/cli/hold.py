@@ -17,7 +17,7 @@ from headrace.cli.members import FromOptions, with_cpus, with_nics
 from headrace.cli.options import (
     Checkpoint,
 )
-from headrace.config import host_settings
+from headrace.config import advertised, host_settings
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def hold(
     from headrace.store.checkpoint import CheckpointSource
 
     host = _host(bind, advertise, transport, allowed=allow_unauthenticated_data_plane)
-    host = with_cpus(with_nics(host, nics), mooncake_cpus)
+    host = with_cpus(with_nics(host, nics, transport), mooncake_cpus)
     launch = launched_by_torchrun()
     if launch is not None and launch.rank > 0:
         hold_as_rank(launch, checkpoint, replace(host, bind_port=0))
@@ -96,16 +96,17 @@ def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: b
     """Return this host's settings as the options change them.
 
     Raises:
-        ConfigError: They contradict each other, or open Mooncake to a network without being told to.
+        ConfigError: They contradict each other, open Mooncake to a network without being told to, or name no address
+            that others can dial.
     """
     host = host_settings()
     if transport not in {"tcp", "mooncake"}:
         raise ConfigError(f"--transport is {transport!r}; choose tcp or mooncake", name="--transport")
     if bind is not None:
         address, _, port = bind.rpartition(":") if bind.count(":") == 1 else (bind, "", "0")
-        if not port.isdigit():
+        if not address or not port.isdigit():
             raise ConfigError(f"--bind is {bind!r}; write HOST or HOST:PORT", name="--bind")
-        host = replace(host, bind_host=address, bind_port=int(port), advertise_host=address)
+        host = replace(host, bind_host=address, bind_port=int(port), advertise_host=advertised(address) or "")
     if advertise is not None:
         host = replace(host, advertise_host=advertise)
     if transport == "mooncake":
@@ -116,6 +117,9 @@ def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: b
                 "read the weights. Fence its ports, then give --allow-unauthenticated-data-plane; or hold with tcp"
             )
             raise ConfigError(message, name="--transport")
+    if not host.advertise_host:
+        message = f"--bind {bind} is every address; name one that others dial with --advertise or HEADRACE_ADVERTISE"
+        raise ConfigError(message, name="--bind")
     return host
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace.cli.console import format_bytes, format_seconds, print_json, stdout
+from headrace.cli.files import check_writable, write_json
 from headrace.cli.hold import stay
 from headrace.cli.members import FromOptions, invitation_of, with_cpus, with_nics
 from headrace.cli.options import (
@@ -22,10 +21,11 @@ from headrace.cli.options import (
     ReadyS,
     ReportFile,
     To,
+    budget_bytes,
     engine_targets,
 )
 from headrace.cli.render import print_report, report_json
-from headrace.config import GIB, Deadlines, UpdateSettings, host_settings
+from headrace.config import Deadlines, UpdateSettings, host_settings
 
 if TYPE_CHECKING:
     from headrace.server.joining import JoinReport
@@ -68,17 +68,19 @@ def join(
     invitation = invitation_of(keeper, token, load_metas)
     update = UpdateSettings(
         version=version,
-        budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
+        budget_bytes=budget_bytes(budget_gib),
         deadlines=Deadlines(ready_s=ready_s),
     )
     settings = JoinSettings(update=update, transport=transport)
     targets = engine_targets(to, header, ca, cert, insecure)
-    host = with_cpus(with_nics(host_settings(), nics), mooncake_cpus)
+    host = with_cpus(with_nics(host_settings(), nics, transport), mooncake_cpus)
+    check_writable(report, "--report")
     with ExitStack() as stack:
         with UpdateProgress("join") as progress:
             context = joined(invitation, targets, host, settings=settings, progress=progress)
             made, server = stack.enter_context(context)
-        _show(made, report, as_json=as_json)
+        _show(made, as_json=as_json)
+        write_json(report, join_json(made), indent=2)
         if keep_held:
             stay(server, "what was joined", [invitation], as_json=as_json)
 
@@ -94,9 +96,7 @@ def join_json(made: JoinReport) -> dict[str, object]:
     return {**report_json(made.update), "join": facts}
 
 
-def _show(made: JoinReport, report: Path | None, *, as_json: bool) -> None:
-    if report is not None:
-        report.write_text(json.dumps(join_json(made), indent=2))
+def _show(made: JoinReport, *, as_json: bool) -> None:
     if as_json:
         print_json(join_json(made))
         return

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from headrace.cli.console import show_warning
 from headrace.config import HostSettings, cpu_set
 from headrace.errors import ConfigError
 from headrace.server.invitation import TOKEN_VARIABLE, Invitation
+
+_NCCL = "NCCL_IB_HCA"
 
 
 class FromOptions:
@@ -32,8 +36,8 @@ class FromOptions:
     Nics = Annotated[
         str | None,
         typer.Option(
-            help="RDMA devices for Mooncake, as NCCL_IB_HCA names them; `tcp` for none; default: all that are up.",
-            envvar="NCCL_IB_HCA",
+            help="RDMA devices for Mooncake, as NCCL_IB_HCA names them; `tcp` for none; default: those of NCCL_IB_HCA, "
+            "or all that are up.",
         ),
     ]
     MooncakeCpus = Annotated[
@@ -73,16 +77,34 @@ def with_cpus(host: HostSettings, cpus: str | None) -> HostSettings:
     return host if cpus is None else replace(host, mooncake_cpus=cpu_set(cpus, "--mooncake-cpus"))
 
 
-def with_nics(host: HostSettings, pattern: str | None) -> HostSettings:
-    """Return the settings with the RDMA devices that a pattern names; TCP where there are none and none were named.
+def with_nics(host: HostSettings, pattern: str | None, transport: str) -> HostSettings:
+    """Return the settings with the RDMA devices for Mooncake; as they are, so for TCP, where it is not used.
+
+    Without an option NCCL_IB_HCA counts, which is often set for a whole cluster: where it names nothing that is here,
+    Mooncake uses TCP, with a warning. With neither it is every device that is up.
+
+    Args:
+        host: The settings.
+        pattern: What `--nics` says, if anything.
+        transport: What `--transport` says.
 
     Raises:
-        ConfigError: The pattern names nothing that is there and up.
+        ConfigError: The option names nothing that is there and up.
     """
+    from headrace.transports.mooncake_engine import missing
     from headrace.transports.nics import rdma_devices, select
 
-    devices = rdma_devices()
-    if pattern == "tcp" or (not pattern and not any(device.active for device in devices)):
+    if transport not in ("auto", "mooncake") or (transport == "auto" and missing()):
         return host
-    names = dict.fromkeys(device.name for device in select(devices, pattern or ""))
+    wished = os.environ.get(_NCCL, "") if pattern is None else pattern
+    devices = rdma_devices()
+    if wished == "tcp" or (not wished and not any(device.active for device in devices)):
+        return host
+    try:
+        names = dict.fromkeys(device.name for device in select(devices, wished))
+    except ConfigError as error:
+        if pattern is not None:
+            raise ConfigError(f"--nics: {error}; --nics tcp uses none", name="--nics") from error
+        show_warning(f"{_NCCL}: {error}; Mooncake uses TCP (--nics chooses others)")
+        return host
     return replace(host, mooncake_nics=tuple(names))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headrace.config import EngineTarget
+from headrace.config import GIB, MIB, EngineTarget, size_bytes
 from headrace.errors import ConfigError
 
 ToOption = typer.Option("--to", help="Engine as NAME=URL, e.g. torch=http://127.0.0.1:8000; repeatable.")
@@ -32,7 +32,7 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="Do not check engines
 
 Checkpoint = Annotated[Path, typer.Option(help="Folder or file of safetensors.")]
 Route = Annotated[str, typer.Option(help="auto, direct or broadcast.")]
-Transport = Annotated[str, typer.Option(help="auto, memory or tcp.")]
+Transport = Annotated[str, typer.Option(help="auto, memory, tcp, collective, or one that is installed.")]
 Cache = Annotated[str, typer.Option(help="recompute: drop KV of the old weights; keep: keep it.")]
 Barrier = Annotated[
     str,
@@ -60,6 +60,24 @@ ReportFile = Annotated[Path | None, typer.Option(help="Write the report as JSON.
 def unchecked(value: str) -> Any:  # noqa: ANN401 - UpdateSettings checks it and says what is allowed
     """Return an option that takes one of a few words, for a field whose type is those words."""
     return value
+
+
+def budget_bytes(budget_gib: float | None) -> int | None:
+    """Return `--budget-gib` in bytes; None where it is not given.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    return None if budget_gib is None else size_bytes(budget_gib, GIB, "--budget-gib")
+
+
+def bucket_bytes(bucket_mib: float) -> int:
+    """Return `--bucket-mib` in bytes.
+
+    Raises:
+        ConfigError: It is no size.
+    """
+    return size_bytes(bucket_mib, MIB, "--bucket-mib")
 
 
 def engine_targets(

@@ -23,12 +23,14 @@ from headrace.cli.options import (
     Strict,
     ToOption,
     Transport,
+    bucket_bytes,
+    budget_bytes,
     engine_targets,
     unchecked,
 )
 from headrace.cli.render import way_json
 from headrace.cli.simulated_fabric import fabric_json, fabric_table, is_fabric, predictions
-from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
+from headrace.config import Deadlines, EngineTarget, UpdateSettings
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,8 +87,8 @@ def plan(
         transport=transport,
         version=version,
         strict=strict,
-        budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
-        bucket_bytes=int(bucket_mib * MIB),
+        budget_bytes=budget_bytes(budget_gib),
+        bucket_bytes=bucket_bytes(bucket_mib),
         deadlines=Deadlines(ready_s=ready_s),
     )
     if bool(to) == bool(simulate):

@@ -16,6 +16,7 @@ from headrace.config import GIB, UpdateSettings
 from headrace.errors import ConfigError
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.planner import Planner, ReceiverNeeds
+from headrace.registry import check_transport
 from headrace.server.plan_report import PlanReport, plan_report
 from headrace.store.checkpoint import CheckpointSource
 from headrace.store.layout import Layout
@@ -78,9 +79,10 @@ def simulate(checkpoint: Path, cluster: Cluster, settings: UpdateSettings) -> Pl
 
     Raises:
         CheckpointError: The checkpoint is damaged.
-        ConfigError: The model cannot be split by `tp`.
+        ConfigError: The model cannot be split by `tp`, or nobody knows the transport.
         PlanError: No plan exists, as for a real cluster.
     """
+    check_transport(settings.transport)
     manifests = [_manifest(checkpoint, cluster.holders, part) for part in range(cluster.holders)]
     recipes = _recipes(checkpoint, manifests[0].params, cluster.tp)
     budget = DEFAULT_BUDGET_BYTES if settings.budget_bytes is None else settings.budget_bytes

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace.cli.console import print_json, stdout
+from headrace.cli.files import check_writable, write_json
 from headrace.cli.hold import stay
 from headrace.cli.options import (
     AsJson,
@@ -34,16 +32,17 @@ from headrace.cli.options import (
     Transport,
     Verify,
     Version,
+    bucket_bytes,
+    budget_bytes,
     engine_targets,
     unchecked,
 )
 from headrace.cli.render import print_report, report_json
-from headrace.config import GIB, MIB, Deadlines, EngineTarget, UpdateSettings
+from headrace.config import Deadlines, UpdateSettings
 from headrace.telemetry import chrome_trace
 
 if TYPE_CHECKING:
     from headrace.report import UpdateReport
-    from headrace.server.parameter_server import ParameterServer
 
 
 def register(app: typer.Typer) -> None:
@@ -77,7 +76,14 @@ def update(
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Replace the weights of running engines by a checkpoint's, while they serve."""
+    """Replace the weights of running engines by a checkpoint's, while they serve.
+
+    Under torchrun every rank holds a part, and only rank 0 leads.
+    """
+    from headrace.cli.progress import UpdateProgress
+    from headrace.server.parameter_server import ParameterServer
+    from headrace.server.torchrun import hold_as_rank, launched_by_torchrun
+
     settings = UpdateSettings(
         route=unchecked(route),
         transport=transport,
@@ -87,45 +93,29 @@ def update(
         version=version,
         strict=strict,
         rolling=rolling,
-        budget_bytes=None if budget_gib is None else int(budget_gib * GIB),
-        bucket_bytes=int(bucket_mib * MIB),
+        budget_bytes=budget_bytes(budget_gib),
+        bucket_bytes=bucket_bytes(bucket_mib),
         deadlines=Deadlines(ready_s=ready_s),
     )
-    with _updated(checkpoint, engine_targets(to, header, ca, cert, insecure), settings, holders) as done:
-        if done is None:
-            return
-        made, server = done
+    targets = engine_targets(to, header, ca, cert, insecure)
+    launch = launched_by_torchrun()
+    if launch is not None and launch.rank > 0:
+        hold_as_rank(launch, checkpoint)
+        return
+    check_writable(report, "--report")
+    check_writable(trace, "--trace")
+    with ParameterServer(checkpoint, holders=holders, launch=launch) as server:
+        with UpdateProgress() as progress:
+            made = server.update(targets, settings, progress=progress)
         _show(made, trace, report, as_json=as_json)
         if keep_held:
             stay(server, str(checkpoint), (), as_json=as_json)
 
 
 def _show(made: UpdateReport, trace: Path | None, report: Path | None, *, as_json: bool) -> None:
-    if report is not None:
-        report.write_text(json.dumps(report_json(made), indent=2))
-    if trace is not None:
-        trace.write_text(json.dumps(chrome_trace(made.spans)))
     if as_json:
         print_json(report_json(made))
     else:
         print_report(stdout(), made)
-
-
-@contextmanager
-def _updated(
-    checkpoint: Path, to: list[EngineTarget], settings: UpdateSettings, holders: int | None
-) -> Iterator[tuple[UpdateReport, ParameterServer] | None]:
-    """Run the update; yield while its holders live. Under torchrun every rank holds a part, and only rank 0 leads."""
-    from headrace.cli.progress import UpdateProgress
-    from headrace.server.parameter_server import ParameterServer
-    from headrace.server.torchrun import hold_as_rank, launched_by_torchrun
-
-    launch = launched_by_torchrun()
-    if launch is not None and launch.rank > 0:
-        hold_as_rank(launch, checkpoint)
-        yield None
-        return
-    with ParameterServer(checkpoint, holders=holders, launch=launch) as server:
-        with UpdateProgress() as progress:
-            made = server.update(to, settings, progress=progress)
-        yield made, server
+    write_json(report, report_json(made), indent=2)
+    write_json(trace, chrome_trace(made.spans))

@@ -16,7 +16,7 @@ from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
 from headrace.planner import Planner, casts
 from headrace.protocols import EngineControl, WeightSource
-from headrace.registry import engine_control
+from headrace.registry import check_transport, engine_control
 from headrace.report import EngineReport, UpdateReport, WorkerReport
 from headrace.server.broadcast import RingHost
 from headrace.server.commit import Member
@@ -103,6 +103,7 @@ class ParameterServer:
             HeadraceError: It failed; `weights_state` says what the engines hold now.
         """
         settings = settings or UpdateSettings(**choices)  # type: ignore[arg-type]
+        check_transport(settings.transport)
         with self._controls(to) as controls:
             if any(target for _, target in controls):
                 self._kept.guardian.start()
@@ -123,6 +124,7 @@ class ParameterServer:
             HeadraceError: The update would fail for this reason.
         """
         chosen = settings or UpdateSettings()
+        check_transport(chosen.transport)
         with self._controls(to) as controls:
             update = self._make(controls, chosen, progress or _quiet)
             try:
