@@ -146,6 +146,8 @@ class Session:
             self.alive = False
         dialer.send(reply)
         if isinstance(reply, wire.Finished):
+            # A proof may take long, and a broadcast ends when its last slot is given back.
+            self._end_delivery()
             self._prove()
 
     def _describe(self, message: wire.Describe) -> wire.Message:
@@ -324,9 +326,12 @@ class Session:
             "mixed": "the weights are mixed, the engine must stay paused until the next good update",
         }[state]
 
+    def _end_delivery(self) -> None:
+        delivery, self._delivery = self._delivery, None
+        if delivery is not None:
+            delivery.close()
+
     def _forget(self) -> None:
-        if self._delivery is not None:
-            self._delivery.close()
-            self._delivery = None
+        self._end_delivery()
         self._targets = None
         self._receiver.memory.unlend()
