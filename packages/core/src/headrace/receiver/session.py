@@ -95,6 +95,8 @@ class Session:
             self.hold.abandon("its session never began")
             return
         try:
+            # Before the hello, after which holders make memory for the next version.
+            self._receiver.memory.drop_dead(PROBE_DEADLINE_S)
             dialer.send(self._receiver.hello(self.ticket.update_id, self.ticket.token))
             while self.alive:
                 message, self._early = self._early or dialer.receive(None), None
