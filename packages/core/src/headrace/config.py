@@ -102,9 +102,10 @@ class HostSettings:
     """What this host allows; from the environment, see `from_env`.
 
     Attributes:
-        socket_dir: Folder (mode 0700) for unix sockets that pass file descriptors. Give engines in another
-            container the same folder.
+        socket_dir: Folder for unix sockets that pass file descriptors, of mode 0700, or 0711 where other users are
+            permitted. Give engines in another container the same folder.
         permitted_uids: Users whose processes may open this host's segments.
+        is_default_dir: Whether nobody chose `socket_dir`, so that its mode may be changed.
         bind_host: Address that control and data sockets listen on.
         bind_port: Port of the first control socket that is made with these settings; 0 takes any.
         advertise_host: Address that peers are told to dial.
@@ -125,6 +126,7 @@ class HostSettings:
     mooncake_cpus: frozenset[int] | None = None
     recipe_cache: Path | None = None
     staging_bytes: int = 0
+    is_default_dir: bool = False
 
 
 _CPUS = "HEADRACE_MOONCAKE_CPUS"
@@ -202,6 +204,7 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
     return HostSettings(
         socket_dir=Path(env.get("HEADRACE_SOCKET_DIR") or default),
         permitted_uids=permitted,
+        is_default_dir=not env.get("HEADRACE_SOCKET_DIR"),
         bind_host=bind,
         mooncake_cpus=cpu_set(cpus, _CPUS) if (cpus := env.get(_CPUS)) else None,
         staging_bytes=size_bytes(env.get("HEADRACE_STAGING_GIB", "0"), GIB, "HEADRACE_STAGING_GIB"),

@@ -105,6 +105,7 @@ class Holder:
         self._ring: Ring | None = None
         self._pins = Pins()
         self._cancel = threading.Event()
+        self._stop_reading = threading.Event()
         self._jobs: list[Future[None]] = []
         self._work = ThreadPoolExecutor(1, thread_name_prefix="headrace-holder")
         self._broadcasts = ThreadPoolExecutor(1, thread_name_prefix="headrace-broadcast")
@@ -138,7 +139,7 @@ class Holder:
 
     def close(self) -> None:
         """Release sockets and memory; idempotent. Memory that a call may still use goes when that has ended."""
-        self._cancel.set()
+        self._break_all_off()
         for pool in (self._work, self._broadcasts):
             pool.shutdown(wait=False, cancel_futures=True)
         self._leave_group()
@@ -171,13 +172,20 @@ class Holder:
             if isinstance(self._store, Store):
                 self._store.pin(message.version, message.pinned)
         elif isinstance(message, wire.Settle):
-            self._cancel.set()
+            self._break_all_off()
             self._begin(self._work, "settle", self._settle, message)
         elif isinstance(message, wire.Broadcast):
             self._cancel.clear()
             self._begin(self._broadcasts, "broadcast", self._broadcast, message)
         else:
+            if isinstance(message, wire.Publish | wire.Fill):
+                self._stop_reading.clear()
             self._begin(self._work, type(message).__name__.lower(), self._serve, message)
+
+    def _break_all_off(self) -> None:
+        """Have what reads or broadcasts now, or waits for its turn to, fail soon; what is asked for later does not."""
+        self._stop_reading.set()
+        self._cancel.set()
 
     def _begin(self, pool: ThreadPoolExecutor, phase: str, work: Work, message: wire.AnyMessage) -> None:
         self._jobs = [job for job in self._jobs if not job.done()]
@@ -211,17 +219,25 @@ class Holder:
                 raise LocalProtocolError(text)
 
     def _settle(self, message: wire.Settle) -> wire.Settled:
-        """Wait for a cancelled broadcast; the group may be inside a collective that never ends, so it is left."""
+        """Wait for a cancelled broadcast; the group may be inside a collective that never ends, so it is left.
+
+        What was read when `Settle` came has ended before: it is the same thread's.
+        """
         self._leave_group()
         self._broadcasts.submit(int).result(SETTLE_S)
         return wire.Settled(nonce=message.nonce)
 
     def _teller(self) -> Callable[[int, int], None]:
-        """Return what tells the coordinator, now and then, how many bytes are done of how many."""
+        """Return what tells the coordinator, now and then, how many bytes are done of how many.
+
+        It raises PeerLostError, which ends the reading that calls it, once the coordinator wants no more of that.
+        """
         told = 0.0
 
         def progress(done: int, total: int) -> None:
             nonlocal told
+            if self._stop_reading.is_set():
+                raise PeerLostError("the coordinator broke the reading off", phase="read")
             if time.monotonic() - told > _PROGRESS_EVERY_S or done == total:
                 told = time.monotonic()
                 self._dialer.send(wire.Progress(done_bytes=done, total_bytes=total))

@@ -6,7 +6,7 @@ implements `Transport`. `headrace.testing` holds a conformance suite for each. t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -350,7 +350,7 @@ class SteppedSource(WeightSource, Protocol):
 class Transport(Protocol):
     """A way to read a holder's segments. Lives in the process that receives.
 
-    Call order: 1. `open` per segment. 2. `submit`, `wait`, many times. 3. `close`.
+    Call order: 1. `open` per segment. 2. `retain`. 3. `submit`, `wait`, many times; then from 1. 4. `close`.
     Only reads: nobody writes into a peer's memory. Blocks get their pages before they are read into, unless the class
     says that it makes them itself: `makes_pages = True`.
     """
@@ -366,6 +366,10 @@ class Transport(Protocol):
         Raises:
             ConnectError: The holder cannot be reached or does not lend the segment.
         """
+        ...
+
+    def retain(self, segment_ids: Collection[str]) -> None:
+        """Forget all other segments, and what is kept open to holders that have none left."""
         ...
 
     def submit(

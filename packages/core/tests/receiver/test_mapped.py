@@ -20,6 +20,7 @@ from headrace.recipe import FillTable, LoadRecipe
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
 from headrace.testing.copies import CopyRow, table_of
+from headrace.testing.leaks import left_over, snapshot
 from headrace.types import I32, ParamMeta, ParamTable
 
 SIZE = 64
@@ -106,6 +107,30 @@ def test_what_is_staged_in_reserved_memory_stays_bound_and_else_does_not(lender:
         first[0].live.run()
         assert torch.equal(live, segment.tensor.view(-1, 2, 8)[:, 0].flatten())
         memory.close()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["this holder", "another"])
+def test_what_dead_holders_lent_is_dropped_and_what_others_lend_is_kept(tmp_path: Path, *, own: bool) -> None:
+    """A worker would keep the last two versions of every checkpoint that was ever brought by `headrace update`."""
+    lenders = [Lender(host_settings({"HEADRACE_SOCKET_DIR": str(tmp_path)})).start() for _ in range(2)]
+    segment, live = HostSegment(SIZE, "one"), torch.zeros(SIZE, dtype=torch.uint8)
+    lenders[0].lend(segment)
+    plan, holder = plan_of(segment), HolderAddress("h", lenders[0].unix_socket)
+    memory, before = Mappings(StagingArea()), snapshot()
+    memory.open(plan, [holder], DEADLINE_S, pin=False)
+    bound = memory.bind(plan, [live])
+    memory.keep(plan)
+    lenders[0 if own else 1].close()
+    memory.drop_dead(DEADLINE_S)
+    if own:
+        bound.clear()
+        assert left_over(before, ignoring=("files",)) == []
+    else:
+        memory.open(plan, [holder], DEADLINE_S, pin=False)
+        assert memory.bind(plan, [live]) is bound
+    memory.close()
+    for lender in lenders:
+        lender.close()
 
 
 def test_what_the_loader_reads_in_place_is_the_holders_memory(lender: Lender) -> None:

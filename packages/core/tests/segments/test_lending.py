@@ -379,6 +379,27 @@ def test_bad_folders_are_named_with_a_way_out(tmp_path: Path) -> None:
             Lender(HostSettings(socket_dir=base, permitted_uids=own)).start()
 
 
+def test_users_who_are_permitted_later_pass_the_default_folder(tmp_path: Path) -> None:
+    """It was made when there were none."""
+    base, others = tmp_path / "s", frozenset({os.getuid(), os.getuid() + 1})
+    for uids, mode in ((frozenset({os.getuid()}), 0o700), (others, 0o711)):
+        with Lender(HostSettings(socket_dir=base, permitted_uids=uids, is_default_dir=True)):
+            assert stat.S_IMODE(base.stat().st_mode) == mode
+
+
+def test_a_chosen_folder_that_permitted_users_cannot_pass_is_refused(tmp_path: Path) -> None:
+    others = frozenset({os.getuid(), os.getuid() + 1})
+    for mode in (0o700, 0o710, 0o711):
+        tmp_path.chmod(mode)
+        lender = Lender(HostSettings(socket_dir=tmp_path, permitted_uids=others))
+        if mode == 0o700:
+            with pytest.raises(ConfigError, match="HEADRACE_PERMITTED_UIDS cannot pass it"):
+                lender.start()
+        else:
+            lender.start().close()
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == mode
+
+
 def test_close_is_idempotent_and_start_too(settings: HostSettings, segment: HostSegment) -> None:
     threads = threading.active_count()
     lender = Lender(settings)

@@ -301,6 +301,22 @@ def test_readers_that_get_no_core_are_joined_by_some_that_compete(monkeypatch: p
     assert {nice for policy, nice in seen if policy == os.SCHED_OTHER} == {10}
 
 
+@pytest.mark.parametrize(("own", "competing"), [(0, 10), (15, 15)])
+def test_who_competes_never_asks_for_more_than_its_process_has(own: int, competing: int) -> None:
+    """Without privileges the kernel refuses that, and the read would fail by it."""
+    found = []
+
+    def compete() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), own)
+        reading._compete()
+        found.append(priority()[1])
+
+    thread = threading.Thread(target=compete)
+    thread.start()
+    thread.join()
+    assert found == [competing]
+
+
 def test_only_one_publishes_at_a_time() -> None:
     source = pattern_source()
     source.wait_at = "w0"

@@ -45,10 +45,12 @@ def tcp_feed(
 ) -> Feed:
     """Return a feed that reads each bucket's bytes over `transport` into memory of this worker.
 
-    `pinned` slots are page-locked: a GPU copies out of them.
+    What earlier plans had opened is forgotten: every run of an updater has holders of its own. `pinned` slots are
+    page-locked: a GPU copies out of them.
     """
     for number, segment in enumerate(plan.segments):
         transport.open(holders[int(plan.segment_holder[number])], segment, deadline_s)
+    transport.retain({segment.segment_id for segment in plan.segments})
     size, depth = plan.ring.slot_bytes, plan.ring.depth
     slots = [_slot(size, pinned=pinned) for _ in range(depth)]
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from headrace.errors import HeadraceError
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import TransferPlan
 from headrace.receiver.blocks import StagingArea
 from headrace.receiver.buckets import Bucket, bounds_of, mapped_bucket
 from headrace.recipe import LoadRecipe
 from headrace.segments.host import MappedSegment
-from headrace.segments.lending import borrow
+from headrace.segments.lending import borrow, probe
 from headrace.transports.memory import MemoryTransport
 
 POPULATE_CHUNK_BYTES = 16 << 20
@@ -26,7 +27,8 @@ _Key = tuple[str, tuple[str, ...], tuple[tuple[int, int], ...]]
 class Mappings:
     """Keeps mappings over updates, and buckets: holders alternate between two sets of segments, plans stay.
 
-    Call order, per update: 1. `open`. 2. `bind`. 3. `lent`. 4. `keep`. 5. `unlend`. And `close` in the end.
+    Call order, per update: 1. `drop_dead`. 2. `open`. 3. `bind`. 4. `lent`. 5. `keep`. 6. `unlend`. And `close` in the
+    end.
 
     Args:
         area: Where copies out of it may be staged.
@@ -35,9 +37,15 @@ class Mappings:
     def __init__(self, area: StagingArea) -> None:
         self._area = area
         self._transport = MemoryTransport()
+        self._sockets: dict[str, str] = {}
         self._recent: deque[frozenset[str]] = deque(maxlen=_KEPT_PLANS)
         self._bound: dict[_Key, list[Bucket]] = {}
         self._lent: list[MappedSegment] = []
+
+    def drop_dead(self, deadline_s: float) -> None:
+        """Drop what was mapped from holders that are gone: as large as a checkpoint, it lives only by being mapped."""
+        gone = {socket for socket in set(self._sockets.values()) if not _has_lender(socket, deadline_s)}
+        self._retain({segment for segment, socket in self._sockets.items() if socket not in gone})
 
     def open(
         self, plan: TransferPlan, holders: Sequence[HolderAddress], deadline_s: float, *, pin: bool
@@ -47,6 +55,7 @@ class Mappings:
         for number, segment in enumerate(plan.segments):
             holder = holders[int(plan.segment_holder[number])]
             self._transport.open(holder, segment, deadline_s)
+            self._sockets[segment.segment_id] = holder.unix_socket
             if number in copied:
                 self._transport.mapping(segment.segment_id).prepare(POPULATE_CHUNK_BYTES, pin=pin)
 
@@ -100,10 +109,14 @@ class Mappings:
     def keep(self, plan: TransferPlan) -> None:
         """Drop what neither this plan nor the one before uses."""
         self._recent.append(frozenset(segment.segment_id for segment in plan.segments))
-        kept = frozenset().union(*self._recent)
-        fresh = [key for key in self._bound if kept.issuperset(key[1])]
-        self._bound = {key: self._bound[key] for key in fresh[-_KEPT_PLANS:]}
-        self._transport.retain(kept)
+        self._retain(set().union(*self._recent))
+        for key in list(self._bound)[:-_KEPT_PLANS]:
+            del self._bound[key]
+
+    def _retain(self, segment_ids: set[str]) -> None:
+        self._bound = {key: found for key, found in self._bound.items() if segment_ids.issuperset(key[1])}
+        self._sockets = {segment: socket for segment, socket in self._sockets.items() if segment in segment_ids}
+        self._transport.retain(segment_ids)
 
     def _whole(
         self, segment: SegmentDescriptor, holder: HolderAddress, deadline_s: float, *, pin: bool
@@ -128,3 +141,11 @@ class Mappings:
         bounds = [(0, len(plan.apply))] if on_gpu else bounds_of(plan)
         self._area.clear()
         return [mapped_bucket(plan, each, sources, blocks, self._area) for each in bounds]
+
+
+def _has_lender(unix_socket: str, deadline_s: float) -> bool:
+    """Return whether a lender listens there, be it one that is slow or strange."""
+    try:
+        return probe(unix_socket, deadline_s)
+    except HeadraceError:
+        return True

@@ -95,6 +95,8 @@ class Session:
             self.hold.abandon("its session never began")
             return
         try:
+            # Before the hello, after which holders make memory for the next version.
+            self._receiver.memory.drop_dead(PROBE_DEADLINE_S)
             dialer.send(self._receiver.hello(self.ticket.update_id, self.ticket.token))
             while self.alive:
                 message, self._early = self._early or dialer.receive(None), None
@@ -146,6 +148,8 @@ class Session:
             self.alive = False
         dialer.send(reply)
         if isinstance(reply, wire.Finished):
+            # A proof may take long, and a broadcast ends when its last slot is given back.
+            self._end_delivery()
             self._prove()
 
     def _describe(self, message: wire.Describe) -> wire.Message:
@@ -324,9 +328,12 @@ class Session:
             "mixed": "the weights are mixed, the engine must stay paused until the next good update",
         }[state]
 
+    def _end_delivery(self) -> None:
+        delivery, self._delivery = self._delivery, None
+        if delivery is not None:
+            delivery.close()
+
     def _forget(self) -> None:
-        if self._delivery is not None:
-            self._delivery.close()
-            self._delivery = None
+        self._end_delivery()
         self._targets = None
         self._receiver.memory.unlend()

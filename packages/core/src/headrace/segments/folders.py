@@ -106,6 +106,8 @@ def _make_base(base: Path, mode: int, settings: HostSettings) -> None:
         base.chmod(mode)
     except FileExistsError:
         _check_base(base, settings)
+        if mode & stat.S_IXOTH:
+            _open_base(base, mode, settings)
     except OSError as error:
         raise _unusable(base, str(error)) from error
 
@@ -120,6 +122,17 @@ def _check_base(base: Path, settings: HostSettings) -> None:
         raise _unusable(base, f"it belongs to user {status.st_uid}")
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         raise _unusable(base, "everybody may write to it and it is not sticky")
+
+
+def _open_base(base: Path, mode: int, settings: HostSettings) -> None:
+    """Let permitted users pass a folder that was made when there were none; one that the user chose is the user's."""
+    status = base.stat()
+    if status.st_mode & (stat.S_IXGRP | stat.S_IXOTH):
+        return
+    if not settings.is_default_dir or status.st_uid != os.getuid():
+        why = "users of HEADRACE_PERMITTED_UIDS cannot pass it; give it mode 0711"
+        raise _unusable(base, why)
+    base.chmod(mode)
 
 
 def _unusable(base: Path, why: str) -> ConfigError:

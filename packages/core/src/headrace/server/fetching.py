@@ -263,6 +263,10 @@ class Fetch:
                     known = self.lost.setdefault(holder, error)
                 if known is error:
                     logger.warning("holder %s is not asked any more: %s", self._name(holder), error)
+            else:
+                # Outside: what is told may break the reading off, which is no fault of the holder.
+                with self._lock:
+                    self._told(self._given, work.total_bytes)
 
     def _next(self, holder: int, work: _Work) -> _Batch | None:
         with self._lock:
@@ -297,7 +301,6 @@ class Fetch:
         with self._lock:
             pieces.giver[batch.rows], pieces.sums[batch.rows] = holder, sums
             self._given[holder] = self._given.get(holder, 0) + batch.num_bytes
-            self._told(self._given, work.total_bytes)
 
     def _way(self, holder: int) -> Transport:
         """Return the transport to a holder, its segments open; each holder is reached once."""

@@ -99,9 +99,9 @@ class Ways:
             return self._made[name]
 
     def close(self) -> None:
-        """Close what was made; idempotent."""
-        for transport in self._made.values():
-            transport.close()
+        """Close what was made; whoever asks again gets new ones. Idempotent."""
+        while self._made:
+            self._made.popitem()[1].close()
 
 
 def _best(manifest: Manifest) -> str:
@@ -171,6 +171,8 @@ def joined(
                 break
         stack.callback(server.close)
         member.end_lease(names)
+        # Not as late as the stack: what is mapped of holders on this host could not be given back while this one stays.
+        ways.close()
         yield JoinReport(report, source.given, dict(ways.used), source.seconds, attempt), server
 
 

@@ -39,8 +39,9 @@ def _give_way() -> None:
 
 
 def _compete() -> None:
-    """Give this thread, for good, a tenth of a core that others keep busy."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPETING_NICE)
+    """Give this thread, for good, a tenth of a core that others keep busy; less where this process was to have less."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, max(_COMPETING_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class Reading:

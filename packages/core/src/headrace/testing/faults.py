@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,6 +102,10 @@ class FaultyTransport:
         for fault in self._faults.due("open"):
             self._break(fault, deadline_s)
         self._inner.open(holder, segment, deadline_s)
+
+    def retain(self, segment_ids: Collection[str]) -> None:
+        """Forget all other segments."""
+        self._inner.retain(segment_ids)
 
     def submit(
         self, copies: CopyTable, segments: Sequence[SegmentDescriptor], blocks: Sequence[torch.Tensor]

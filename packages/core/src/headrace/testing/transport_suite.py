@@ -307,6 +307,18 @@ class TransportTests:
             with pytest.raises(LocalProtocolError):
                 opened.wait(number, _WAIT_S)
 
+    def test_what_is_not_retained_is_opened_again(self, opened: Transport, holder: HolderProcess) -> None:
+        """Until then `LocalProtocolError`; what is retained is read on."""
+        copies = table_of([CopyRow(shape=(9,), src_strides=(2,), dst_strides=(2,))])
+        blocks = [torch.zeros(18, dtype=torch.uint8)]
+        kept, dropped = holder.segments
+        opened.retain({kept.segment_id})
+        opened.wait(opened.submit(copies, [kept], blocks), _WAIT_S)
+        with pytest.raises(LocalProtocolError):
+            opened.submit(copies, [dropped], blocks)
+        opened.open(holder.address, dropped, _WAIT_S)
+        opened.wait(opened.submit(copies, [dropped], blocks), _WAIT_S)
+
     def test_a_closed_transport(self, opened: Transport, holder: HolderProcess) -> None:
         """Every call says so; closing again is nothing."""
         copies = table_of([CopyRow(shape=(9,), src_strides=(2,), dst_strides=(2,))])

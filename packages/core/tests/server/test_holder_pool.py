@@ -1,0 +1,76 @@
+"""What holders are at is broken off when nobody wants it any more, and they take the next version then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from headrace import wire
+from headrace.config import Deadlines, host_settings
+from headrace.control.hub import Hub
+from headrace.protocols import SourceRegion
+from headrace.server.holders import HolderPool, SourceSpec
+from headrace.server.switchboard import Switchboard
+from headrace.store.tensors import TensorSource
+
+pytestmark = [pytest.mark.timeout(90), pytest.mark.usefixtures("socket_dir")]
+
+
+class SlowSource(TensorSource):
+    """Takes 40 s, in short reads; `hurry` makes them instant."""
+
+    def __init__(self) -> None:
+        super().__init__({f"w{i}": torch.full((64,), i, dtype=torch.uint8) for i in range(200)})
+        self.began, self.hurry = threading.Event(), threading.Event()
+
+    def read(self, region: SourceRegion, out: memoryview) -> None:
+        self.began.set()
+        self.hurry.wait(0.2)
+        super().read(region, out)
+
+
+@pytest.fixture
+def source() -> SlowSource:
+    return SlowSource()
+
+
+@pytest.fixture
+def pool(source: SlowSource) -> Iterator[HolderPool]:
+    """A pool whose holder has begun to read a version."""
+    host = host_settings()
+    board = Switchboard(Hub(host))
+    made = HolderPool(SourceSpec(source=source), board, host)
+    try:
+        made.ensure(1)
+        made.peers[0].send(wire.Publish(version=1))
+        assert source.began.wait(10)
+        yield made
+    finally:
+        made.stop()
+        board.close()
+
+
+def test_a_reading_ends_soon_after_nobody_wants_it(
+    pool: HolderPool, source: SlowSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the same holder reads the next version: what broke the one off does not reach the other."""
+    (holder,) = pool.peers
+    pool.release(1)
+    pool.settle(10.0)
+    assert pool.peers == [holder]
+    assert "broke the reading off" in caplog.text
+    source.hurry.set()
+    (manifest,) = pool.publish(1, Deadlines())
+    assert manifest.version == 1
+
+
+def test_a_holder_that_reads_ends_soon(pool: HolderPool, caplog: pytest.LogCaptureFixture) -> None:
+    begin = time.monotonic()
+    pool.stop()
+    assert time.monotonic() - begin < 15.0
+    assert "broke the reading off" in caplog.text
+    assert "did not end" not in caplog.text
