@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +108,14 @@ class PauseSuite(SglangControlSuite):
             control.resume(30)
             assert len(asked.result(60)["tokens"]) == 4
 
+    def test_a_pause_waits_for_every_scheduler(self, control: EngineControl) -> None:
+        """Also where caches are kept and no flush makes it wait."""
+        with standing(self.server):
+            with pytest.raises(TransferTimeoutError):
+                control.pause("keep", 1.0)
+            control.resume(30)
+        control.pause("keep", 60)
+
 
 @contextmanager
 def asking(server: SglangServer, **sampling: Any) -> Iterator[Future[dict[str, Any]]]:
@@ -120,6 +129,20 @@ def pause_while(control: EngineControl, asked: Future[Any]) -> None:
     while not asked.done():
         control.pause("recompute", 4.0)
         control.resume(30)
+
+
+@contextmanager
+def standing(server: SglangServer) -> Iterator[None]:
+    """Stop the last scheduler of a server, as a step that takes long does."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    scheduler = max(
+        (child for child in children if "sglang::scheduler" in " ".join(child.cmdline())), key=lambda c: c.cmdline()
+    )
+    scheduler.suspend()
+    try:
+        yield
+    finally:
+        scheduler.resume()
 
 
 class TestOneScheduler(SglangSuite, PauseSuite):

@@ -1,8 +1,8 @@
 """The front's door: routes of SGLang's server, and the same for an `Engine`, for tickets and for a pause.
 
 SGLang's own routes for weights wait until no request runs, and refuse data-parallel servers. A ticket changes nothing,
-so it goes past their locks: straight to all schedulers, between two of their steps. SGLang's route for a flush
-says what the first replica said.
+so it goes past their locks: straight to all schedulers, between two of their steps. SGLang's route for a pause answers
+before its schedulers do, and the one for a flush says what the first replica said.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ async def hand_out(manager: Any, ticket: Ticket) -> None:  # noqa: ANN401 - a To
 
 
 async def pause(manager: Any, cache: CacheMode) -> str:  # noqa: ANN401 - a TokenizerManager
-    """Stop forward steps; with `recompute` requests give up their KV, and all replicas drop all of it, HiCache's too.
+    """Stop forward steps of all schedulers; returns when each of them has answered, paused.
+
+    With `recompute` requests give up their KV, and all of it is dropped, with what HiCache has stored.
 
     Returns:
         Why KV was not dropped everywhere, so that old weights' KV may be left; nothing where it was, or is kept.
@@ -99,6 +101,7 @@ async def pause(manager: Any, cache: CacheMode) -> str:  # noqa: ANN401 - a Toke
     mode = "retract" if cache == "recompute" else "in_place"
     await manager.pause_generation(io_struct.PauseGenerationReqInput(mode=mode))
     if cache == "keep":
+        await _ask_all(manager, "get_internal_state", io_struct.GetInternalStateReq())
         return ""
     refusal = _refusal(await _ask_all(manager, "flush_cache", io_struct.FlushCacheReqInput()))
     if refusal:
