@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -21,15 +23,18 @@ if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs SGLang: run `nox -s sglang`", allow_module_level=True)
 
 import torchvision_operators  # noqa: E402, F401 - transformers imports torchvision where it is installed
-from engine_suite import EngineSuite  # noqa: E402
+from engine_suite import PROMPT, EngineSuite  # noqa: E402
 from oracle import Oracle  # noqa: E402
 from sglang_server import SglangServer  # noqa: E402
 
+from headrace.errors import TransferTimeoutError  # noqa: E402
 from headrace.protocols import EngineControl  # noqa: E402
 from headrace.registry import engine_control  # noqa: E402
 from headrace.testing.control_suite import EngineControlTests  # noqa: E402
 
 pytestmark = pytest.mark.timeout(240)
+SLOW_GRAMMAR = "|".join(f"({i}[a-z]{{{i}}})+" for i in range(1600))
+"""Takes many seconds to compile."""
 
 
 class SglangSuite(EngineSuite):
@@ -89,7 +94,58 @@ class SglangControlSuite(EngineControlTests):
         return not self.server.client.get("/ready").is_success
 
 
-class TestOneScheduler(SglangSuite, SglangControlSuite):
+class PauseSuite(SglangControlSuite):
+    """A pause that every replica must answer."""
+
+    def test_a_pause_while_a_grammar_compiles(self, control: EngineControl) -> None:
+        """SGLang drops no KV while it does; tried again between steps, the pause comes when it has."""
+        with asking(self.server, regex=SLOW_GRAMMAR) as asked:
+            with pytest.raises(TransferTimeoutError, match=r"1 of \d schedulers refused.*--cache keep") as caught:
+                pause_while(control, asked)
+            assert caught.value.retryable
+            assert not asked.done()
+            control.pause("recompute", 120)
+            control.resume(30)
+            assert len(asked.result(60)["tokens"]) == 4
+
+    def test_a_pause_waits_for_every_scheduler(self, control: EngineControl) -> None:
+        """Also where caches are kept and no flush makes it wait."""
+        with standing(self.server):
+            with pytest.raises(TransferTimeoutError):
+                control.pause("keep", 1.0)
+            control.resume(30)
+        control.pause("keep", 60)
+
+
+@contextmanager
+def asking(server: SglangServer, **sampling: Any) -> Iterator[Future[dict[str, Any]]]:
+    """Ask for four tokens in a thread, over the body."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(server.generate, PROMPT, 4, **sampling)
+
+
+def pause_while(control: EngineControl, asked: Future[Any]) -> None:
+    """Pause and resume for as long as there is no answer."""
+    while not asked.done():
+        control.pause("recompute", 4.0)
+        control.resume(30)
+
+
+@contextmanager
+def standing(server: SglangServer) -> Iterator[None]:
+    """Stop the last scheduler of a server, as a step that takes long does."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    scheduler = max(
+        (child for child in children if "sglang::scheduler" in " ".join(child.cmdline())), key=lambda c: c.cmdline()
+    )
+    scheduler.suspend()
+    try:
+        yield
+    finally:
+        scheduler.resume()
+
+
+class TestOneScheduler(SglangSuite, PauseSuite):
     """As installed."""
 
 
@@ -126,7 +182,7 @@ class TestTensorParallel(SglangSuite, SglangControlSuite):
 
 
 @pytest.mark.slow
-class TestDataParallel(SglangSuite, SglangControlSuite):
+class TestDataParallel(SglangSuite, PauseSuite):
     """Two engines behind one address."""
 
     num_workers = 2
@@ -151,3 +207,7 @@ class TestDataParallel(SglangSuite, SglangControlSuite):
         self, server: SglangServer, checkpoints: dict[str, Path], oracle: Oracle
     ) -> None:
         super().test_no_old_cache_answers(server, checkpoints, oracle)
+
+    @pytest.mark.usefixtures("one_replica")
+    def test_a_pause_while_a_grammar_compiles(self, control: EngineControl) -> None:
+        super().test_a_pause_while_a_grammar_compiles(control)

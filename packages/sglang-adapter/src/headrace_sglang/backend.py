@@ -97,7 +97,7 @@ class SglangBackend(ModelBackend):
         _forget_embeddings()
 
     def _wait_paused(self) -> None:
-        """Wait for this rank's own pause: SGLang's front answers before its schedulers have read the order."""
+        """Make sure of this rank's own pause: one of each group has answered, others may be a moment behind."""
         limit = time.monotonic() + PAUSE_S
         while not self._scheduler._engine_paused:
             if time.monotonic() > limit:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from headrace.engine_http import HttpEngine
 from headrace.errors import BackendUnavailableError, ConfigError, HeadraceError, RemoteProtocolError
+from headrace_sglang.pausing import pause_within
 
 if TYPE_CHECKING:
     import httpx
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from headrace.types import CacheMode
 
 _ROUTE = "/headrace"
+_PAUSE_ROUTE = "/headrace/pause"
 _START = (
     "install headrace-sglang in the environment that SGLang runs in and start it again, with `headrace` in "
     "SGLANG_PLUGINS if that is set and without --tokenizer-worker-num"
@@ -23,18 +25,16 @@ _START = (
 
 
 class SglangControl(HttpEngine):
-    """EngineControl over an SGLang server's HTTP interface: its own routes, and one of the plug-in's for tickets.
+    """EngineControl over an SGLang server's HTTP interface: its own routes, and the plug-in's for tickets and a pause.
 
     All are guarded as SGLang guards its own routes for weights: by `--admin-api-key`, else by `--api-key`, else not.
     """
 
     health: ClassVar[str] = _ROUTE
-    _stored: bool | None = None
 
     def expected_receivers(self, deadline_s: float) -> int:
         """Return the number of schedulers over all data-parallel replicas behind this address."""
-        told = self._request("GET", _ROUTE, deadline_s)
-        self._stored, count = bool(told.get("stored")), told.get("receivers")
+        count = self._request("GET", _ROUTE, deadline_s).get("receivers")
         if not isinstance(count, int) or count < 1:
             raise RemoteProtocolError(f"{self._url}{_ROUTE} names no receivers; is it an SGLang server?")
         return count
@@ -45,14 +45,7 @@ class SglangControl(HttpEngine):
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop forward steps; with `recompute` requests give up their KV, and all of it is dropped."""
-        if self._stored is None:
-            self.expected_receivers(deadline_s)
-        mode = "retract" if cache == "recompute" else "in_place"
-        self._request("POST", "/pause_generation", deadline_s, json={"mode": mode})
-        if cache == "recompute":
-            self._request("POST", "/flush_cache", deadline_s)
-            if self._stored:
-                self._request("POST", "/hicache/storage-backend/clear", deadline_s)
+        pause_within(self, self._pause_once, cache, deadline_s)
 
     def confirm(self, version: int, deadline_s: float) -> None:
         """Have SGLang report the version: `/model_info`, and the spans of every token from now on."""
@@ -67,6 +60,9 @@ class SglangControl(HttpEngine):
         """Return the version that SGLang reports, or None where no update was made."""
         version = self._request("GET", _ROUTE, deadline_s).get("version")
         return version if isinstance(version, int) else None
+
+    def _pause_once(self, cache: CacheMode, deadline_s: float) -> str:
+        return str(self._request("POST", _PAUSE_ROUTE, deadline_s, json=cache).get("refused", ""))
 
     def _health(self, timeout_s: float) -> tuple[bool, str]:
         """Ask the plug-in: SGLang's own `/health` makes a token, which a paused engine cannot."""

@@ -7,8 +7,9 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.adapter.calls import await_within
-from headrace.errors import ConfigError, RemoteProtocolError
-from headrace_sglang.door import about, hand_out
+from headrace.errors import ConfigError
+from headrace_sglang.door import about, hand_out, pause
+from headrace_sglang.pausing import pause_within
 
 if TYPE_CHECKING:
     from headrace.protocols import EngineControl, Ticket
@@ -59,14 +60,7 @@ class EngineObjectControl:
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop forward steps; with `recompute` requests give up their KV, and all of it is dropped."""
-        from sglang.srt.managers.io_struct import PauseGenerationReqInput  # noqa: PLC0415
-
-        mode = "retract" if cache == "recompute" else "in_place"
-        self._wait(self._manager.pause_generation(PauseGenerationReqInput(mode=mode)), deadline_s)
-        if cache == "recompute":
-            self._succeed("flush_cache", deadline_s)
-            if about(self._manager)["stored"]:
-                self._succeed("clear_hicache_storage", deadline_s)
+        pause_within(self, self._pause_once, cache, deadline_s)
 
     def confirm(self, version: int, deadline_s: float) -> None:
         """Have SGLang report the version."""
@@ -89,11 +83,8 @@ class EngineObjectControl:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _succeed(self, method: str, deadline_s: float) -> None:
-        result = self._wait(getattr(self._manager, method)(), deadline_s)
-        if not result.success:
-            message = f"{self.address}: {method} failed: {getattr(result, 'message', '')}"
-            raise RemoteProtocolError(message, name=self.address, retryable=True)
+    def _pause_once(self, cache: CacheMode, deadline_s: float) -> str:
+        return self._wait(pause(self._manager, cache), deadline_s)
 
     def _wait(self, call: Coroutine[Any, Any, T], deadline_s: float) -> T:
         return await_within(self.address, deadline_s, call, self._loop)
