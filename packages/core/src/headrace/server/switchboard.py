@@ -205,7 +205,7 @@ class Switchboard:
     ) -> list[Peer]:
         """Wait until `count` peers that are `wanted` have presented themselves; others are sent away.
 
-        So is who had come, when the wait fails: a receiver must not wait for an update that will not be.
+        So is who had come, when the wait fails or is broken off: nobody must wait for an update that will not be.
 
         Args:
             count: How many.
@@ -231,7 +231,7 @@ class Switchboard:
                     found.append(peer)
                 else:
                     self._dismiss([peer])
-        except HeadraceError:
+        except BaseException:
             self._dismiss(found)
             raise
         self.hub.take_refusals()
