@@ -25,7 +25,7 @@ from headrace.errors import (
 )
 from headrace.manifest import Manifest
 from headrace.server.invitation import Invitation
-from headrace.server.whole import check_equal
+from headrace.server.whole import check_equal, check_whole
 
 logger = logging.getLogger(__name__)
 MOST_MEMBERS = 1 << 20
@@ -93,6 +93,7 @@ class Exchange:
 
         Raises:
             ManifestMismatchError: It holds other bytes under the same version.
+            RemoteProtocolError: An offer is malformed.
         """
         with self._lock:
             self._partners.pop(keeper, None)
@@ -207,6 +208,7 @@ class Exchange:
 
         Raises:
             ManifestMismatchError: It is another model or other bytes.
+            RemoteProtocolError: An offer is malformed.
         """
         with self._lock:
             member.holds = ()
@@ -216,6 +218,7 @@ class Exchange:
     def _check(self, who: str, offers: Sequence[wire.Offer]) -> None:
         known = self._known()
         for offer in offers:
+            check_whole(offer, who)
             for other in known.get(offer.version, ()):
                 check_equal(offer, other, who)
 
