@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,14 @@ import numpy as np
 
 from headrace import wire
 from headrace.config import Deadlines, EngineTarget, UpdateSettings
-from headrace.errors import FailureKey, HeadraceError, IntegrityError, UpdateFailedError, WeightsState
+from headrace.errors import (
+    FailureKey,
+    HeadraceError,
+    IntegrityError,
+    LocalProtocolError,
+    UpdateFailedError,
+    WeightsState,
+)
 from headrace.plan import TransferPlan
 from headrace.protocols import EngineControl
 from headrace.recipe import LoadRecipe
@@ -65,6 +73,7 @@ class Instance:
         spoiled: Whether committed bytes were found wrong.
         done: Whether all its ranks hold and report the new version.
         stall_s: Seconds from pause to resume; held, from the first rank that stood to the hold's return.
+        broken: Set to have its commit end as soon as it can, for the update to be taken back.
     """
 
     control: EngineControl
@@ -83,6 +92,16 @@ class Instance:
     spoiled: bool = False
     done: bool = False
     stall_s: float = 0.0
+    broken: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """Do nothing while the update goes on.
+
+        Raises:
+            LocalProtocolError: It was broken off.
+        """
+        if self.broken.is_set():
+            raise LocalProtocolError("the update was broken off", phase="commit")
 
 
 def commit_instance(instance: Instance, version: int, settings: UpdateSettings, recorder: Recorder) -> None:
@@ -99,10 +118,11 @@ def _commit_paused(instance: Instance, version: int, settings: UpdateSettings, r
     limits, begin = settings.deadlines, time.monotonic()
     with recorder.span("stall"):
         with recorder.span("pause"):
+            instance.check()
             instance.paused = True
             instance.control.pause(settings.cache, limits.pause_s)
         with recorder.span("prepare"):
-            ask_all(instance.peers, wire.Prepare(), wire.Prepared, limits.pause_s, "prepare")
+            ask_all(instance.peers, wire.Prepare(), wire.Prepared, limits.pause_s, "prepare", instance.check)
         with recorder.span("commit"):
             _commit_ranks(instance, limits.commit_s)
         with recorder.span("finish"):
@@ -122,11 +142,16 @@ def _commit_held(instance: Instance, version: int, settings: UpdateSettings, rec
     from then to the call's return.
     """
     limits = settings.deadlines
+
+    def check() -> None:
+        instance.check()
+        call.check()
+
     with recorder.span("hold"):
         call = instance.call = HoldCall(instance.control, instance.update_id, _hold_s(limits))
         with recorder.span("prepare"):
             ask = wire.Prepare(hold_s=limits.pause_s)
-            ask_all(instance.peers, ask, wire.Prepared, limits.pause_s, "prepare", call.check)
+            ask_all(instance.peers, ask, wire.Prepared, limits.pause_s, "prepare", check)
         with recorder.span("commit"):
             _commit_ranks(instance, limits.commit_s)
         with recorder.span("finish"):
@@ -144,16 +169,21 @@ def _hold_s(limits: Deadlines) -> float:
 
 
 def _commit_ranks(instance: Instance, deadline_s: float) -> None:
-    """Commit on all ranks; copies are absolute, so what failed or differs on a live rank is written again."""
+    """Commit on all ranks; copies are absolute, so what failed or differs on a live rank is written again.
+
+    Broken off, it ends at once; once all ranks have committed nothing breaks off any more, as the way on is the shorter.
+    """
+    instance.check()
     instance.writing = True
     todo = instance.members
     for attempt in range(1, COMMIT_ATTEMPTS + 1):
         for member in todo:
             member.peer.send(wire.Commit(deadline_s=deadline_s))
-        errors = _gather_commits(todo, deadline_s, instance.feeders)
+        errors = _gather_commits(todo, deadline_s, instance)
         if not errors:
             return
-        if attempt == COMMIT_ATTEMPTS or any(p.lost for p in (*instance.peers, *instance.feeders)):
+        lost = any(peer.lost for peer in (*instance.peers, *instance.feeders))
+        if attempt == COMMIT_ATTEMPTS or lost or instance.broken.is_set():
             instance.spoiled = any(isinstance(error, IntegrityError) for error in errors.values())
             raise _broken(errors, instance)
         logger.warning("commit attempt %d failed, writing again: %s", attempt, next(iter(errors.values())))
@@ -161,13 +191,14 @@ def _commit_ranks(instance: Instance, deadline_s: float) -> None:
 
 
 def _gather_commits(
-    members: Sequence[Member], deadline_s: float, feeders: Sequence[Peer]
+    members: Sequence[Member], deadline_s: float, instance: Instance
 ) -> dict[FailureKey, HeadraceError]:
     errors: dict[FailureKey, HeadraceError] = {}
     limit = time.monotonic() + deadline_s
     for member in members:
         try:
-            answer = member.peer.expect(wire.Committed, limit - time.monotonic(), "commit", feeders)
+            left = limit - time.monotonic()
+            answer = member.peer.expect(wire.Committed, left, "commit", instance.feeders, instance.check)
             _check_sums(member, answer.digests)
         except HeadraceError as error:
             errors[member.peer.key] = error
