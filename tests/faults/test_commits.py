@@ -9,7 +9,8 @@ import time
 import pytest
 from faults_world import MakeWorld, World, expected_sums, live_sums, make_tensors
 
-from headrace.errors import ConnectError, UpdateFailedError
+from headrace.errors import ConnectError, HeadraceError, UpdateFailedError
+from headrace.server.parameter_server import ParameterServer
 from headrace.testing.bare_engine import BareControl, served_version, weights_state
 from headrace.testing.faults import Fault
 from headrace.types import CacheMode
@@ -198,6 +199,44 @@ def test_ctrl_c_leaves_none_of_two_engines_paused(make_world: MakeWorld) -> None
         assert world.engine.pauses == 1
         world.check()
         world.heals()
+
+
+class LastFront(BareControl):
+    """The parameter server is closed while its engine stands still."""
+
+    server: ParameterServer
+
+    def pause(self, cache: CacheMode, deadline_s: float) -> None:
+        super().pause(cache, deadline_s)
+        self.server.close()
+
+
+@pytest.mark.parametrize("choices", ROUTES, ids=str)
+def test_a_server_that_is_closed_in_the_pause_leaves_no_engine_paused(world: World, choices: dict[str, str]) -> None:
+    """Nobody can be told any more to forget the update, and nobody has touched the weights."""
+    control = LastFront(world.engine)
+    control.server = world.trainer(2)
+    with pytest.raises(HeadraceError):
+        control.server.update(control, **choices)
+    world.check()
+
+
+class StubbornFront(BareControl):
+    """Its engine cannot be resumed, and says so in words of its own."""
+
+    def resume(self, deadline_s: float) -> None:
+        message = f"{self.address} has no such call"
+        raise AttributeError(message)
+
+
+def test_an_engine_that_cannot_be_resumed_does_not_keep_the_next_one_paused(make_world: MakeWorld) -> None:
+    stubborn, good = make_world(workers=1), make_world(workers=1)
+    for world in (stubborn, good):
+        world.arm(0, Fault(point="enter", action="fail", times=0))
+    with pytest.raises(UpdateFailedError, match="injected failure in enter"):
+        stubborn.trainer(2).update([StubbornFront(stubborn.engine), good.control])
+    stubborn.check(paused=True)
+    good.check()
 
 
 class DeafFront(BareControl):

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +25,7 @@ from headrace.plan import TransferPlan
 from headrace.protocols import EngineControl
 from headrace.recipe import LoadRecipe
 from headrace.server.holding import HoldCall
-from headrace.server.switchboard import Peer, ask_all, failed
+from headrace.server.switchboard import Peer, ask_all, failed, tell
 from headrace.telemetry import Recorder
 from headrace.types import U64
 
@@ -171,7 +170,7 @@ def _hold_s(limits: Deadlines) -> float:
 def _commit_ranks(instance: Instance, deadline_s: float) -> None:
     """Commit on all ranks; copies are absolute, so what failed or differs on a live rank is written again.
 
-    Broken off, it ends at once; once all ranks have committed nothing breaks off any more, as the way on is the shorter.
+    Broken off, it ends at once. Once all ranks have committed, nothing is broken off: the way on is the shorter.
     """
     instance.check()
     instance.writing = True
@@ -235,23 +234,35 @@ def _broken(errors: dict[FailureKey, HeadraceError], instance: Instance) -> Upda
     return error
 
 
-def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> WeightsState:
-    """Have an instance's receivers forget the update and resume it if its weights are whole.
+def take_back(
+    instances: Sequence[Instance], reason: HeadraceError, resume_s: float
+) -> dict[str, WeightsState]:
+    """Have all receivers forget the update, and resume every instance whose weights are whole.
+
+    All are told before any is waited for, so that the silent ones together cost no more than one.
+
+    Returns:
+        What each instance holds now, by its address.
+    """
+    for instance in instances:
+        if not instance.done:
+            tell(instance.peers, wire.Abort(reason=str(reason), spoiled=instance.spoiled))
+    limit = time.monotonic() + ABORT_S
+    return {instance.control.address: _taken_back(instance, limit, resume_s) for instance in instances}
+
+
+def _taken_back(instance: Instance, limit: float, resume_s: float) -> WeightsState:
+    """Resume an instance if its weights are whole; returns what it holds.
 
     Whole are those that no rank has touched, in this update or in one that broke off before it, and those of an
     instance that only could not be resumed. Workers that are held go on if theirs are; where they are not, the process
     of at least one has ended, and with it the engine.
-
-    Returns:
-        What the instance holds now.
     """
     if instance.done:
         _resume(instance, resume_s)
         return "new"
-    for peer in instance.peers:
-        if not peer.lost:
-            peer.send(wire.Abort(reason=str(reason), spoiled=instance.spoiled))
-    states = {_aborted_state(peer) for peer in instance.peers}
+    answers = [peer.drain(wire.Aborted, limit) for peer in instance.peers]
+    states = {answer.weights_state if answer else "lost" for answer in answers}
     if instance.call is not None and states == {"new"} and len(instance.peers) == 1:
         return "new"
     whole = states <= ({"old"} if instance.writing else {"old", "lost"})
@@ -262,20 +273,11 @@ def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> Wei
 
 
 def _resume(instance: Instance, resume_s: float) -> None:
-    if instance.paused:
-        with suppress(HeadraceError):
-            instance.control.resume(resume_s)
-            instance.paused = False
-
-
-def _aborted_state(peer: Peer) -> str:
-    """Wait for a receiver's `Aborted`, past whatever it had sent before; `lost` where none comes."""
-    limit = time.monotonic() + ABORT_S
-    while not peer.gone and time.monotonic() < limit:
-        try:
-            answer = peer.expect(wire.Message, limit - time.monotonic(), "abort")
-        except HeadraceError:
-            continue
-        if isinstance(answer, wire.Aborted):
-            return answer.weights_state
-    return "lost"
+    """Resume an instance if it was paused; one that cannot be does not keep others from it."""
+    if not instance.paused:
+        return
+    try:
+        instance.control.resume(resume_s)
+        instance.paused = False
+    except Exception as error:  # noqa: BLE001 - a control may be the caller's own
+        logger.warning("%s could not be resumed: %s", instance.control.address, error)

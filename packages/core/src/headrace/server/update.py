@@ -334,8 +334,7 @@ class Update:
         """Have everyone forget the update, and resume what was paused and is whole."""
         if self._broadcast is not None:
             self._broadcast.cancel()
-        limit = self._settings.deadlines.pause_s
-        error.engines = {i.control.address: take_back(i, error, limit) for i in self.instances}
+        error.engines = take_back(self.instances, error, self._settings.deadlines.pause_s)
         held = {instance.control.address for instance in self.instances if instance.call is not None}
         error.ended = [name for name, state in error.engines.items() if state == "mixed" and name in held]
         states = set(error.engines.values())
