@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
+
 import pytest
 from faults_world import MakeWorld, World, expected_sums, live_sums, make_tensors
 
-from headrace.errors import ConnectError, UpdateFailedError
+from headrace.errors import ConnectError, HeadraceError, UpdateFailedError
+from headrace.server.parameter_server import ParameterServer
 from headrace.testing.bare_engine import BareControl, served_version, weights_state
 from headrace.testing.faults import Fault
+from headrace.types import CacheMode
 
 ROUTES = [{"route": "direct"}, {"route": "direct", "transport": "tcp"}, {"route": "broadcast"}]
 GAMMA = "model.norm.weight"
@@ -70,19 +76,13 @@ def forget_pointers(_backend: object, _receiver: object) -> None:
     from headrace.receiver.blocks import Destinations
 
     Destinations._pointers = Destinations.pointers
-    Destinations.pointers = lambda self: [id(object())] + [time_ns() for _ in self.targets]
+    Destinations.pointers = lambda self: [id(object())] + [time.time_ns() for _ in self.targets]
 
 
 def keep_pointers(_backend: object, _receiver: object) -> None:
     from headrace.receiver.blocks import Destinations
 
     Destinations.pointers = Destinations._pointers
-
-
-def time_ns() -> int:
-    import time
-
-    return time.time_ns()
 
 
 def test_a_spoiled_byte_is_written_again(world: World) -> None:
@@ -170,6 +170,73 @@ def test_of_two_engines_none_is_paused_where_one_refuses_the_source(make_world: 
     good.check()
     assert (good.engine.pauses, bad.engine.pauses) == (0, 0)
     good.server(tensors=make_tensors(2)).update([good.control, bad.control])
+
+
+class SlowFront(BareControl):
+    """Its engine takes a while to stop."""
+
+    def pause(self, cache: CacheMode, deadline_s: float) -> None:
+        time.sleep(1.0)
+        super().pause(cache, deadline_s)
+
+
+class InterruptedFront(SlowFront):
+    """The user presses Ctrl-C while its engine stops."""
+
+    def pause(self, cache: CacheMode, deadline_s: float) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        super().pause(cache, deadline_s)
+
+
+def test_ctrl_c_leaves_none_of_two_engines_paused(make_world: MakeWorld) -> None:
+    """They are stopped in threads of their own, which must have ended before the update is taken back."""
+    worlds = [make_world(workers=1), make_world(workers=1)]
+    controls = [SlowFront(worlds[0].engine), InterruptedFront(worlds[1].engine)]
+    with pytest.raises(KeyboardInterrupt):
+        worlds[0].trainer(2).update(controls)
+    time.sleep(1.5)
+    for world in worlds:
+        assert world.engine.pauses == 1
+        world.check()
+        world.heals()
+
+
+class LastFront(BareControl):
+    """The parameter server is closed while its engine stands still."""
+
+    server: ParameterServer
+
+    def pause(self, cache: CacheMode, deadline_s: float) -> None:
+        super().pause(cache, deadline_s)
+        self.server.close()
+
+
+@pytest.mark.parametrize("choices", ROUTES, ids=str)
+def test_a_server_that_is_closed_in_the_pause_leaves_no_engine_paused(world: World, choices: dict[str, str]) -> None:
+    """Nobody can be told any more to forget the update, and nobody has touched the weights."""
+    control = LastFront(world.engine)
+    control.server = world.trainer(2)
+    with pytest.raises(HeadraceError):
+        control.server.update(control, **choices)
+    world.check()
+
+
+class StubbornFront(BareControl):
+    """Its engine cannot be resumed, and says so in words of its own."""
+
+    def resume(self, deadline_s: float) -> None:
+        message = f"{self.address} has no such call"
+        raise AttributeError(message)
+
+
+def test_an_engine_that_cannot_be_resumed_does_not_keep_the_next_one_paused(make_world: MakeWorld) -> None:
+    stubborn, good = make_world(workers=1), make_world(workers=1)
+    for world in (stubborn, good):
+        world.arm(0, Fault(point="enter", action="fail", times=0))
+    with pytest.raises(UpdateFailedError, match="injected failure in enter"):
+        stubborn.trainer(2).update([StubbornFront(stubborn.engine), good.control])
+    stubborn.check(paused=True)
+    good.check()
 
 
 class DeafFront(BareControl):

@@ -23,13 +23,14 @@ from headrace.control.keys import new_token
 from headrace.errors import HeadraceError, LocalProtocolError, UpdateFailedError
 from headrace.protocols import EngineControl, Ticket
 from headrace.registry import engine_control
+from headrace.server.guardian import RECOVERY_S
 from headrace.server.switchboard import Peer, Switchboard, ask_all
 
 logger = logging.getLogger(__name__)
 RETRY_S = 1.0
 
 
-def recover(control: EngineControl, host: HostSettings, deadline_s: float = 60.0) -> str:
+def recover(control: EngineControl, host: HostSettings, deadline_s: float = RECOVERY_S) -> str:
     """Resume one paused engine if its weights are whole; returns what was found, for people.
 
     All ranks `old`: they serve the version they report. All `new` and of one version: that version is confirmed.
@@ -60,7 +61,7 @@ def recover(control: EngineControl, host: HostSettings, deadline_s: float = 60.0
 
 
 def recover_all(
-    targets: Sequence[EngineTarget], host: HostSettings, deadline_s: float = 60.0
+    targets: Sequence[EngineTarget], host: HostSettings, deadline_s: float = RECOVERY_S
 ) -> Iterator[tuple[EngineTarget, str | HeadraceError]]:
     """Recover engines side by side: none waits for another. Yields what became of each, as it is known."""
 

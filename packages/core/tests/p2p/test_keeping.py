@@ -23,6 +23,7 @@ from headrace.errors import (
     LocalProtocolError,
     ManifestMismatchError,
     PeerLostError,
+    RemoteProtocolError,
     TransportError,
 )
 from headrace.server.exchange import Exchange
@@ -197,6 +198,41 @@ def test_partners_must_hold_the_same(keep: Callable[..., Kept]) -> None:
     with pytest.raises(ManifestMismatchError, match="something else under version 1"):
         other.publish(1)
     assert len(one.standing.holders) == 1
+
+
+def test_a_malformed_contribution_is_its_members_failure_alone(keep: Callable[..., Kept]) -> None:
+    kept = keep(weights(1))
+    made = kept.publish(1)
+    with Membership(kept.invitation, "broken") as member:
+        for broken in (
+            wire.Offer(1, made.manifests, made.sums[1:]),
+            wire.Offer(1, made.manifests, made.sums.reshape(-1, 1)),
+            wire.Offer(1, made.manifests, np.full(len(made.sums), np.nan)),
+            wire.Offer(1, (), np.zeros(0, np.uint64)),
+        ):
+            with pytest.raises(RemoteProtocolError, match="broken offers version 1"):
+                member.contribute([broken], 10.0)
+        assert len(member.ask(lease=False, deadline_s=10.0).manifests) == 1
+
+
+def test_what_only_a_member_holds_is_offered_to_nobody(keep: Callable[..., Kept]) -> None:
+    """Its token lets it read: it adds holders of versions that the keeper has too, from when the keeper has them."""
+    kept, other = keep(weights(1)), keep(weights(2))
+    held, ahead = kept.publish(1), other.publish(2)
+    with Membership(kept.invitation, "reader") as member:
+        member.contribute([ahead], 10.0)
+        assert member.ask(lease=False).version == 1
+        with pytest.raises(LocalProtocolError, match="version 2 is not held here; held: 1"):
+            member.ask(lease=False, version=2)
+        kept.publish(2, weights(2))
+        assert len(member.ask(lease=False).manifests) == 2
+        with pytest.raises(ManifestMismatchError, match="something else under version 2"):
+            member.contribute([wire.Offer(2, held.manifests, held.sums)], 10.0)
+        member.contribute([wire.Offer(3, held.manifests, held.sums)], 10.0)
+        own = kept.publish(3, weights(3))
+        found = member.ask(lease=False)
+        assert [m.holder for m in found.manifests] == [m.holder for m in own.manifests]
+        assert np.array_equal(found.sums, own.sums)
 
 
 def test_partners_offer_what_both_hold_and_forget_who_is_gone(keep: Callable[..., Kept], way: Ways) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -46,3 +48,18 @@ def test_a_guardian_that_died_in_the_pause_does_not_fail_the_update(guardian: Gu
     assert guardian._process is not None
     assert guardian._process.pid != dead, "the other engine is still paused"
     assert guardian._process.poll() is None
+
+
+def test_a_guardian_that_recovers_is_waited_for_and_not_killed() -> None:
+    """Its engine takes longer to answer than a guardian without work may take to end."""
+    guardian = Guardian()
+    guardian.start()
+    process = guardian._process
+    assert process is not None
+    with socket.create_server(("127.0.0.1", 0)) as engine:
+        guardian.paused(EngineTarget(f"torch=http://127.0.0.1:{engine.getsockname()[1]}"))
+        dies = threading.Timer(8.0, engine.shutdown, (socket.SHUT_RDWR,))
+        dies.start()
+        guardian.close()
+        dies.join()
+    assert process.poll() == 1

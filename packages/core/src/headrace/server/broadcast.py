@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from headrace.errors import ConnectError, HeadraceError, PeerLostError, PlanErro
 from headrace.manifest import HolderAddress, SegmentDescriptor
 from headrace.plan import BroadcastPlan, TransferPlan
 from headrace.planner import ReceiverNeeds
-from headrace.server.switchboard import Peer, gather
+from headrace.server.switchboard import Peer, gather, tell
 from headrace.transports.collective import serve_store
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class BroadcastRun:
         self._plan = plan
         self._holders = holders
         self._rings = rings
+        self._has_begun = False
         self._is_cancelled = False
 
     def start(
@@ -154,6 +156,7 @@ class BroadcastRun:
         ready = self._join(needs)
         deadline_s = limits.stage_s + limits.pause_s + limits.commit_s
         members = tuple(range(len(self._holders)))
+        self._has_begun = True
         for member, peer in enumerate(self._holders):
             peer.send(
                 wire.Broadcast(
@@ -204,13 +207,12 @@ class BroadcastRun:
         return causes[0] if causes else None
 
     def _stop(self) -> list[HeadraceError]:
-        live = [peer for peer in self._holders if not peer.lost]
-        for peer in live:
-            peer.send(wire.CancelBroadcast())
+        live = tell(self._holders, wire.CancelBroadcast())
+        limit = time.monotonic() + ABORT_S
         causes: list[HeadraceError] = []
-        for peer in live:
+        for peer in live if self._has_begun else ():
             try:
-                peer.expect(wire.BroadcastDone, ABORT_S, "abort")
+                peer.expect(wire.BroadcastDone, limit - time.monotonic(), "abort")
             except (PeerLostError, TransferTimeoutError) as error:
                 logger.debug("the broadcast was stopped: %s", error)
             except HeadraceError as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,12 +13,19 @@ import numpy as np
 
 from headrace import wire
 from headrace.config import Deadlines, EngineTarget, UpdateSettings
-from headrace.errors import FailureKey, HeadraceError, IntegrityError, UpdateFailedError, WeightsState
+from headrace.errors import (
+    FailureKey,
+    HeadraceError,
+    IntegrityError,
+    LocalProtocolError,
+    UpdateFailedError,
+    WeightsState,
+)
 from headrace.plan import TransferPlan
 from headrace.protocols import EngineControl
 from headrace.recipe import LoadRecipe
 from headrace.server.holding import HoldCall
-from headrace.server.switchboard import Peer, ask_all, failed
+from headrace.server.switchboard import Peer, ask_all, failed, tell
 from headrace.telemetry import Recorder
 from headrace.types import U64
 
@@ -65,6 +72,7 @@ class Instance:
         spoiled: Whether committed bytes were found wrong.
         done: Whether all its ranks hold and report the new version.
         stall_s: Seconds from pause to resume; held, from the first rank that stood to the hold's return.
+        broken: Set to have its commit end as soon as it can, for the update to be taken back.
     """
 
     control: EngineControl
@@ -83,6 +91,16 @@ class Instance:
     spoiled: bool = False
     done: bool = False
     stall_s: float = 0.0
+    broken: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """Do nothing while the update goes on.
+
+        Raises:
+            LocalProtocolError: It was broken off.
+        """
+        if self.broken.is_set():
+            raise LocalProtocolError("the update was broken off", phase="commit")
 
 
 def commit_instance(instance: Instance, version: int, settings: UpdateSettings, recorder: Recorder) -> None:
@@ -99,10 +117,11 @@ def _commit_paused(instance: Instance, version: int, settings: UpdateSettings, r
     limits, begin = settings.deadlines, time.monotonic()
     with recorder.span("stall"):
         with recorder.span("pause"):
+            instance.check()
             instance.paused = True
             instance.control.pause(settings.cache, limits.pause_s)
         with recorder.span("prepare"):
-            ask_all(instance.peers, wire.Prepare(), wire.Prepared, limits.pause_s, "prepare")
+            ask_all(instance.peers, wire.Prepare(), wire.Prepared, limits.pause_s, "prepare", instance.check)
         with recorder.span("commit"):
             _commit_ranks(instance, limits.commit_s)
         with recorder.span("finish"):
@@ -122,11 +141,16 @@ def _commit_held(instance: Instance, version: int, settings: UpdateSettings, rec
     from then to the call's return.
     """
     limits = settings.deadlines
+
+    def check() -> None:
+        instance.check()
+        call.check()
+
     with recorder.span("hold"):
         call = instance.call = HoldCall(instance.control, instance.update_id, _hold_s(limits))
         with recorder.span("prepare"):
             ask = wire.Prepare(hold_s=limits.pause_s)
-            ask_all(instance.peers, ask, wire.Prepared, limits.pause_s, "prepare", call.check)
+            ask_all(instance.peers, ask, wire.Prepared, limits.pause_s, "prepare", check)
         with recorder.span("commit"):
             _commit_ranks(instance, limits.commit_s)
         with recorder.span("finish"):
@@ -144,16 +168,21 @@ def _hold_s(limits: Deadlines) -> float:
 
 
 def _commit_ranks(instance: Instance, deadline_s: float) -> None:
-    """Commit on all ranks; copies are absolute, so what failed or differs on a live rank is written again."""
+    """Commit on all ranks; copies are absolute, so what failed or differs on a live rank is written again.
+
+    Broken off, it ends at once. Once all ranks have committed, nothing is broken off: the way on is the shorter.
+    """
+    instance.check()
     instance.writing = True
     todo = instance.members
     for attempt in range(1, COMMIT_ATTEMPTS + 1):
         for member in todo:
             member.peer.send(wire.Commit(deadline_s=deadline_s))
-        errors = _gather_commits(todo, deadline_s, instance.feeders)
+        errors = _gather_commits(todo, deadline_s, instance)
         if not errors:
             return
-        if attempt == COMMIT_ATTEMPTS or any(p.lost for p in (*instance.peers, *instance.feeders)):
+        lost = any(peer.lost for peer in (*instance.peers, *instance.feeders))
+        if attempt == COMMIT_ATTEMPTS or lost or instance.broken.is_set():
             instance.spoiled = any(isinstance(error, IntegrityError) for error in errors.values())
             raise _broken(errors, instance)
         logger.warning("commit attempt %d failed, writing again: %s", attempt, next(iter(errors.values())))
@@ -161,13 +190,14 @@ def _commit_ranks(instance: Instance, deadline_s: float) -> None:
 
 
 def _gather_commits(
-    members: Sequence[Member], deadline_s: float, feeders: Sequence[Peer]
+    members: Sequence[Member], deadline_s: float, instance: Instance
 ) -> dict[FailureKey, HeadraceError]:
     errors: dict[FailureKey, HeadraceError] = {}
     limit = time.monotonic() + deadline_s
     for member in members:
         try:
-            answer = member.peer.expect(wire.Committed, limit - time.monotonic(), "commit", feeders)
+            left = limit - time.monotonic()
+            answer = member.peer.expect(wire.Committed, left, "commit", instance.feeders, instance.check)
             _check_sums(member, answer.digests)
         except HeadraceError as error:
             errors[member.peer.key] = error
@@ -204,23 +234,35 @@ def _broken(errors: dict[FailureKey, HeadraceError], instance: Instance) -> Upda
     return error
 
 
-def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> WeightsState:
-    """Have an instance's receivers forget the update and resume it if its weights are whole.
+def take_back(
+    instances: Sequence[Instance], reason: HeadraceError, resume_s: float
+) -> dict[str, WeightsState]:
+    """Have all receivers forget the update, and resume every instance whose weights are whole.
+
+    All are told before any is waited for, so that the silent ones together cost no more than one.
+
+    Returns:
+        What each instance holds now, by its address.
+    """
+    for instance in instances:
+        if not instance.done:
+            tell(instance.peers, wire.Abort(reason=str(reason), spoiled=instance.spoiled))
+    limit = time.monotonic() + ABORT_S
+    return {instance.control.address: _taken_back(instance, limit, resume_s) for instance in instances}
+
+
+def _taken_back(instance: Instance, limit: float, resume_s: float) -> WeightsState:
+    """Resume an instance if its weights are whole; returns what it holds.
 
     Whole are those that no rank has touched, in this update or in one that broke off before it, and those of an
     instance that only could not be resumed. Workers that are held go on if theirs are; where they are not, the process
     of at least one has ended, and with it the engine.
-
-    Returns:
-        What the instance holds now.
     """
     if instance.done:
         _resume(instance, resume_s)
         return "new"
-    for peer in instance.peers:
-        if not peer.lost:
-            peer.send(wire.Abort(reason=str(reason), spoiled=instance.spoiled))
-    states = {_aborted_state(peer) for peer in instance.peers}
+    answers = [peer.drain(wire.Aborted, limit) for peer in instance.peers]
+    states = {answer.weights_state if answer else "lost" for answer in answers}
     if instance.call is not None and states == {"new"} and len(instance.peers) == 1:
         return "new"
     whole = states <= ({"old"} if instance.writing else {"old", "lost"})
@@ -231,20 +273,11 @@ def take_back(instance: Instance, reason: HeadraceError, resume_s: float) -> Wei
 
 
 def _resume(instance: Instance, resume_s: float) -> None:
-    if instance.paused:
-        with suppress(HeadraceError):
-            instance.control.resume(resume_s)
-            instance.paused = False
-
-
-def _aborted_state(peer: Peer) -> str:
-    """Wait for a receiver's `Aborted`, past whatever it had sent before; `lost` where none comes."""
-    limit = time.monotonic() + ABORT_S
-    while not peer.gone and time.monotonic() < limit:
-        try:
-            answer = peer.expect(wire.Message, limit - time.monotonic(), "abort")
-        except HeadraceError:
-            continue
-        if isinstance(answer, wire.Aborted):
-            return answer.weights_state
-    return "lost"
+    """Resume an instance if it was paused; one that cannot be does not keep others from it."""
+    if not instance.paused:
+        return
+    try:
+        instance.control.resume(resume_s)
+        instance.paused = False
+    except Exception as error:  # noqa: BLE001 - a control may be the caller's own
+        logger.warning("%s could not be resumed: %s", instance.control.address, error)

@@ -19,13 +19,14 @@ from headrace.control.peers import Event, Lost, PeerId
 from headrace.errors import (
     HeadraceError,
     LocalProtocolError,
+    ManifestMismatchError,
     RemoteFailure,
     TransferTimeoutError,
     TransportClosedError,
 )
 from headrace.manifest import Manifest
 from headrace.server.invitation import Invitation
-from headrace.server.whole import check_equal
+from headrace.server.whole import check_equal, check_whole
 
 logger = logging.getLogger(__name__)
 MOST_MEMBERS = 1 << 20
@@ -87,18 +88,22 @@ class Exchange:
         with self._lock:
             leased = self._leased()
             self._own = {v: o for v, o in self._own.items() if v in leased} | {offer.version: offer}
+            self._drop_unlike(offer)
 
     def adopt(self, keeper: str, offers: Sequence[wire.Offer]) -> None:
         """Offer what another keeper holds as well; in place of what it had before. Nothing where it is gone.
 
         Raises:
             ManifestMismatchError: It holds other bytes under the same version.
+            RemoteProtocolError: An offer is malformed.
         """
         with self._lock:
             self._partners.pop(keeper, None)
             self._check(keeper, offers)
             if offers:
                 self._partners[keeper] = tuple(offers)
+            for offer in offers:
+                self._drop_unlike(offer)
 
     def standing(self) -> wire.Standing:
         """Return who holds what and who reads from whom."""
@@ -195,18 +200,38 @@ class Exchange:
         return wire.Offer(version, tuple(manifests.values()), found[0].sums)
 
     def _known(self) -> dict[int, list[wire.Offer]]:
-        """Return who offers each version; with the lock held. Own holders come first."""
+        """Return who offers each version, the same bytes all; with the lock held. Own holders come first.
+
+        Versions are those that this keeper or a partner holds: members only add to them. What a member has beside
+        them is believed of nobody who could do no more than read.
+        """
         known: dict[int, list[wire.Offer]] = {}
-        given = [member.holds for member in self._members.values()]
-        for offer in (*self._own.values(), *chain(*self._partners.values(), *given)):
+        for offer in (*self._own.values(), *chain(*self._partners.values())):
             known.setdefault(offer.version, []).append(offer)
+        for offer in chain(*(member.holds for member in self._members.values())):
+            if offer.version in known:
+                known[offer.version].append(offer)
         return known
+
+    def _drop_unlike(self, offer: wire.Offer) -> None:
+        """Forget what members had contributed as other bytes under this version; with the lock held."""
+        for member in self._members.values():
+            held = [other for other in member.holds if other.version == offer.version]
+            try:
+                for other in held:
+                    check_equal(other, offer, member.name)
+            except ManifestMismatchError as error:
+                logger.warning("what member %s holds is offered to nobody: %s", member.name, error)
+                member.holds = ()
 
     def _contribute(self, member: _Member, offers: tuple[wire.Offer, ...]) -> None:
         """Take what a member holds, if it is what others hold under the same version.
 
+        A version that nobody else holds yet waits until this keeper or a partner holds it too.
+
         Raises:
             ManifestMismatchError: It is another model or other bytes.
+            RemoteProtocolError: An offer is malformed.
         """
         with self._lock:
             member.holds = ()
@@ -216,7 +241,8 @@ class Exchange:
     def _check(self, who: str, offers: Sequence[wire.Offer]) -> None:
         known = self._known()
         for offer in offers:
-            for other in known.get(offer.version, ()):
+            check_whole(offer, who)
+            for other in known.get(offer.version, ())[:1]:
                 check_equal(offer, other, who)
 
     def _end_lease(self, member: _Member) -> None:

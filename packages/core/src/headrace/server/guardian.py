@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -10,6 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from headrace.config import EngineTarget
+
+logger = logging.getLogger(__name__)
+RECOVERY_S = 60.0
+"""What the guardian process has for each engine."""
+_END_S = 5.0
 
 
 class Guardian:
@@ -42,12 +48,16 @@ class Guardian:
             self._tell({"resumed": target.address})
 
     def close(self) -> None:
-        """End the process; idempotent."""
+        """End the process; idempotent. Where an engine is still paused it is given the time to resume it."""
         with self._lock:
-            self._end()
+            process, self._process = self._process, None
+            recovers = bool(self._paused)
+        if process is not None:
+            _end(process, recovers=recovers)
 
     def _start(self) -> None:
-        self._end()
+        if self._process is not None:
+            _end(self._process, recovers=False)
         command = [sys.executable, "-P", "-m", "headrace.recovery"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         for target in self._paused.values():
@@ -68,14 +78,17 @@ class Guardian:
             return False
         return True
 
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is None or process.stdin is None:
-            return
+
+def _end(process: subprocess.Popen[bytes], *, recovers: bool) -> None:
+    """Let the process go; one that recovers outlives this, as after an updater's death, where it takes too long."""
+    if process.stdin is not None:
         with suppress(BrokenPipeError):
             process.stdin.close()
-        try:
-            process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    try:
+        process.wait(RECOVERY_S if recovers else _END_S)
+    except subprocess.TimeoutExpired:
+        if recovers:
+            logger.warning("the guardian still recovers engines that are paused, and is left behind")
+            return
+        process.kill()
+        process.wait()

@@ -30,7 +30,7 @@ from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SteppedSource, WeightSource
 from headrace.segments.folders import sweep
 from headrace.server.startup import LONGEST_STARTUP_S, STARTUP_S, Startup
-from headrace.server.switchboard import Peer, Switchboard, ask_all
+from headrace.server.switchboard import Peer, Switchboard, ask_all, tell
 from headrace.store.checkpoint import CheckpointSource
 from headrace.types import I64
 
@@ -228,27 +228,22 @@ class HolderPool:
 
     def release(self, version: int) -> None:
         """Have every holder drop a version that came to nothing, so that its number can be used again."""
-        for peer in self.peers:
-            if not peer.lost:
-                peer.send(wire.Release(version=version))
+        tell(self.peers, wire.Release(version=version))
         if self.newest == version:
             self.newest = version - 1
 
     def settle(self, deadline_s: float) -> None:
         """Wait until no holder works for a failed update any more; end them all if one does not come to rest."""
         nonce = new_token()
-        for peer in self.peers:
-            peer.send(wire.Settle(nonce=nonce))
+        told = tell(self.peers, wire.Settle(nonce=nonce))
         limit = time.monotonic() + deadline_s
-        if not all(peer.settle(nonce, limit) for peer in self.peers):
+        if told != self.peers or not all(peer.settle(nonce, limit) for peer in told):
             logger.warning("a holder did not come to rest; the next update starts new ones")
             self.stop()
 
     def stop(self) -> None:
         """End all holders, whatever state they are in, and remove what they left behind; idempotent."""
-        for peer in self.peers:
-            if not peer.lost:
-                peer.send(wire.Shutdown())
+        tell(self.peers, wire.Shutdown())
         limit = time.monotonic() + PROCESS_END_S
         for process in self._processes:
             self._end(process, limit)

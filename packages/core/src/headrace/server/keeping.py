@@ -16,7 +16,7 @@ import numpy as np
 from headrace import wire
 from headrace.config import Deadlines, HostSettings
 from headrace.control.hub import Hub
-from headrace.errors import ConfigError, HeadraceError, ManifestMismatchError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.manifest import Manifest
 from headrace.server.exchange import Exchange
 from headrace.server.holders import Crew, HolderPool, ProgressCallback, SourceSpec
@@ -116,7 +116,7 @@ class Keeper:
                 logger.debug("partner %s offers nothing: %s", partner.keeper, error)
             try:
                 self.exchange.adopt(partner.keeper, offers)
-            except ManifestMismatchError as error:
+            except HeadraceError as error:
                 logger.warning("what partner %s holds is offered to nobody: %s", partner.keeper, error)
 
 

@@ -72,11 +72,6 @@ class Peer:
         """Whether the connection is gone."""
         return self._lost is not None
 
-    @property
-    def gone(self) -> bool:
-        """Whether the connection is gone and its last words were taken."""
-        return self.lost and self._inbox.empty()
-
     def deliver(self, message: wire.AnyMessage | Lost) -> None:
         """Put what the hub received into the mailbox; from the pump's thread."""
         if isinstance(message, Lost):
@@ -138,14 +133,18 @@ class Peer:
 
     def settle(self, nonce: str, limit: float) -> bool:
         """Drop all that was sent before the answer to `Settle`; False where that does not come."""
-        self._kept = None
-        while not self.lost:
-            message = self._next(wire.Settled, limit, ())
-            if message is None:
-                return False
-            if isinstance(message, wire.Settled) and message.nonce == nonce:
+        while not self.lost and (answer := self.drain(wire.Settled, limit)) is not None:
+            if answer.nonce == nonce:
                 return True
         return False
+
+    def drain(self, kind: type[M], limit: float) -> M | None:
+        """Drop all that was sent before a message of `kind`, and return that; None where it does not come."""
+        self._kept = None
+        while (message := self._next(kind, limit, ())) is not None and not isinstance(message, Lost):
+            if isinstance(message, kind):
+                return message
+        return None
 
     def _next(
         self,
@@ -206,7 +205,7 @@ class Switchboard:
     ) -> list[Peer]:
         """Wait until `count` peers that are `wanted` have presented themselves; others are sent away.
 
-        So is who had come, when the wait fails: a receiver must not wait for an update that will not be.
+        So is who had come, when the wait fails or is broken off: nobody must wait for an update that will not be.
 
         Args:
             count: How many.
@@ -234,7 +233,7 @@ class Switchboard:
                     found.append(peer)
                 else:
                     self._dismiss([peer])
-        except HeadraceError:
+        except BaseException:
             self._dismiss(found)
             raise
         self.hub.take_refusals()
@@ -323,6 +322,17 @@ class Switchboard:
 def _send_away(peer: Peer) -> None:
     is_receiver = isinstance(peer.hello, wire.ReceiverHello)
     peer.send(wire.Abort(reason="the update was given up") if is_receiver else wire.Shutdown())
+
+
+def tell(peers: Sequence[Peer], message: wire.Message) -> list[Peer]:
+    """Send to all peers that are still there, and return them; nobody is where the hub was closed."""
+    told: list[Peer] = []
+    for peer in peers:
+        if not peer.lost:
+            with suppress(TransportClosedError):
+                peer.send(message)
+                told.append(peer)
+    return told
 
 
 def ask_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from secrets import token_hex
@@ -321,7 +321,8 @@ class Update:
             for instance in self.instances:
                 self._commit_one(instance)
         else:
-            self._each(self._commit_one)
+            limits = self._settings.deadlines
+            self._each(self._commit_one, ending_s=limits.commit_s + 2 * limits.pause_s)
         if self._broadcast is not None:
             self._broadcast.finish(FINISH_S)
 
@@ -337,8 +338,7 @@ class Update:
         """Have everyone forget the update, and resume what was paused and is whole."""
         if self._broadcast is not None:
             self._broadcast.cancel()
-        limit = self._settings.deadlines.pause_s
-        error.engines = {i.control.address: take_back(i, error, limit) for i in self.instances}
+        error.engines = take_back(self.instances, error, self._settings.deadlines.pause_s)
         held = {instance.control.address for instance in self.instances if instance.call is not None}
         error.ended = [name for name, state in error.engines.items() if state == "mixed" and name in held]
         states = set(error.engines.values())
@@ -353,12 +353,22 @@ class Update:
             if instance.target:
                 self._kept.guardian.resumed(instance.target)
 
-    def _each(self, call: Callable[[Instance], T]) -> list[T]:
-        """Run a blocking call for every instance side by side; raises the first failure after all have ended."""
+    def _each(self, call: Callable[[Instance], T], ending_s: float = 0.0) -> list[T]:
+        """Run a blocking call for every instance side by side; raises the first failure after all have ended.
+
+        Broken off by Ctrl-C, it waits at most `ending_s` for calls to end: none may talk with receivers, pause or
+        resume beside what takes the update back.
+        """
         if len(self.instances) == 1:
             return [call(self.instances[0])]
         futures = [self._calls.submit(call, instance) for instance in self.instances]
-        errors = [error for future in futures if (error := future.exception()) is not None]
+        try:
+            errors = [error for future in futures if (error := future.exception()) is not None]
+        except BaseException:
+            for instance in self.instances:
+                instance.broken.set()
+            wait(futures, ending_s)
+            raise
         if errors:
             raise errors[0]
         return [future.result() for future in futures]

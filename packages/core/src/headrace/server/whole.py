@@ -9,7 +9,7 @@ import torch
 
 from headrace.config import UpdateSettings
 from headrace.digests import digest
-from headrace.errors import ManifestMismatchError
+from headrace.errors import ManifestMismatchError, RemoteProtocolError
 from headrace.geometry import Box, RegionTable, contiguous_strides
 from headrace.manifest import Manifest
 from headrace.plan import DigestTable
@@ -65,8 +65,24 @@ def sums_of(params: ParamTable, regions: RegionTable, blocks: Sequence[torch.Ten
     return digest(table, blocks, num_groups=len(regions))
 
 
+def check_whole(offer: Offer, who: str) -> None:
+    """Check that an offer names holders, and has a sum of each of their parameters.
+
+    Raises:
+        RemoteProtocolError: It does not.
+        ManifestMismatchError: The holders do not hold the same model.
+    """
+    wanted = (len(params_of(offer.manifests)),) if offer.manifests else ()
+    if not offer.manifests or offer.sums.shape != wanted or offer.sums.dtype != np.uint64:
+        text = (
+            f"{who} offers version {offer.version} of {len(offer.manifests)} holders with sums "
+            f"{offer.sums.dtype}{offer.sums.shape}, where uint64{wanted} belong"
+        )
+        raise RemoteProtocolError(text, name=who, weight_version=offer.version, phase="join")
+
+
 def check_equal(one: Offer, other: Offer, who: str) -> None:
-    """Check that two offers of a version are of the same bytes.
+    """Check that two offers of a version, each whole, are of the same bytes.
 
     Raises:
         ManifestMismatchError: They differ; names some parameters that do.
