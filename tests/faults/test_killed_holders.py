@@ -152,3 +152,13 @@ def test_a_byte_that_a_transport_spoils_is_found(world: World) -> None:
     assert world.engine.paused
     world.engine.call(1, faulty_tcp)
     world.update(world.trainer(3), 3, transport="tcp")
+
+
+def test_a_connection_that_breaks_while_the_ring_goes_round_is_the_error(world: World) -> None:
+    """Not that the commit cannot be repeated, which the second attempt finds."""
+    small = {"transport": "tcp", "budget_bytes": 30_000, "bucket_bytes": 4096}
+    world.engine.call(1, faulty_tcp, Fault(point="wait", action="fail", call=12, times=0))
+    error = world.fails(world.server(2), **small)
+    assert error.weights_state == "mixed"
+    assert "injected: tcp lost its holder in wait" in str(error)
+    world.engine.call(1, faulty_tcp)

@@ -174,17 +174,19 @@ def _commit_ranks(instance: Instance, deadline_s: float) -> None:
     """
     instance.check()
     instance.writing = True
-    todo = instance.members
+    todo, causes = instance.members, dict[FailureKey, HeadraceError]()
     for attempt in range(1, COMMIT_ATTEMPTS + 1):
         for member in todo:
             member.peer.send(wire.Commit(deadline_s=deadline_s))
         errors = _gather_commits(todo, deadline_s, instance)
         if not errors:
             return
+        causes = _causes(errors, causes)
         lost = any(peer.lost for peer in (*instance.peers, *instance.feeders))
         if attempt == COMMIT_ATTEMPTS or lost or instance.broken.is_set():
-            instance.spoiled = any(isinstance(error, IntegrityError) for error in errors.values())
-            raise _broken(errors, instance)
+            found = (*errors.values(), *causes.values())
+            instance.spoiled = any(isinstance(error, IntegrityError) for error in found)
+            raise _broken(causes, instance)
         logger.warning("commit attempt %d failed, writing again: %s", attempt, next(iter(errors.values())))
         todo = [member for member in todo if member.peer.key in errors]
 
@@ -225,6 +227,17 @@ def _group_name(group: int, member: Member) -> str:
     if group < len(targets) or member.plan is None:
         return str(targets[group].name)
     return str(member.recipe.sources[int(member.plan.opaque[group - len(targets)])].name)
+
+
+def _causes(
+    errors: dict[FailureKey, HeadraceError], before: dict[FailureKey, HeadraceError]
+) -> dict[FailureKey, HeadraceError]:
+    """Return why each rank fails: what it said first, as later failures may only follow from that one."""
+    causes = {key: before.get(key, error) for key, error in errors.items()}
+    for key, error in errors.items():
+        if error.weights_state == "mixed":
+            causes[key].weights_state = "mixed"
+    return causes
 
 
 def _broken(errors: dict[FailureKey, HeadraceError], instance: Instance) -> UpdateFailedError:
