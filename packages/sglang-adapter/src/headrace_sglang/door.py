@@ -101,7 +101,8 @@ async def pause(manager: Any, cache: CacheMode) -> str:  # noqa: ANN401 - a Toke
     mode = "retract" if cache == "recompute" else "in_place"
     await manager.pause_generation(io_struct.PauseGenerationReqInput(mode=mode))
     if cache == "keep":
-        await _ask_all(manager, "get_internal_state", io_struct.GetInternalStateReq())
+        # Sets nothing: of what every scheduler answers in its turn, the cheapest.
+        await _ask_all(manager, "set_internal_state", io_struct.SetInternalStateReq(server_args={}))
         return ""
     refusal = _refusal(await _ask_all(manager, "flush_cache", io_struct.FlushCacheReqInput()))
     if refusal:
