@@ -24,7 +24,7 @@ from headrace.planner.holdings import Holdings
 from headrace.planner.join import BoxIndex, Pairs, fit_width, holes, join, restrict, uncovered, volumes
 from headrace.planner.ring import ALIGN_BYTES, Packing, choose_ring, cut, pack, size, slot_regions
 from headrace.recipe import LoadRecipe
-from headrace.types import I32, I64, ITEMSIZES, U8, ParamTable
+from headrace.types import I32, I64, ITEMSIZES, U8, ParamMeta, ParamTable
 
 DIRECT_BUCKETS = 4
 _MOST_NAMED = 10
@@ -322,8 +322,15 @@ def compacted(blocks: I32) -> tuple[I64, I32]:
 
 
 def union_params(tables: Sequence[ParamTable]) -> ParamTable:
-    """Return all parameters of several tables, each name once; the first table itself where all are equal."""
+    """Return all parameters of several tables, each name once, in the order in which they are first seen.
+
+    The first table itself where all are equal. Whatever follows, what some of the tables hold keeps its place.
+    """
     first = tables[0]
     if all(table is first or table.key == first.key for table in tables):
         return first
-    return ParamTable({meta.name: meta for table in reversed(tables) for meta in table}.values())
+    found: dict[str, ParamMeta] = {}
+    for table in tables:
+        for meta in table:
+            found.setdefault(meta.name, meta)
+    return ParamTable(found.values())
