@@ -415,3 +415,24 @@ def test_close_is_idempotent_and_start_too(settings: HostSettings, segment: Host
     assert list(settings.socket_dir.iterdir()) == []
     with pytest.raises(ConnectError, match="no holder"):
         borrow(path, segment.descriptor, SOON)
+
+
+def test_who_closes_second_waits_until_the_folder_is_gone(
+    settings: HostSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends for two reasons at once must not leave by the second before the first has cleared away."""
+    lender = Lender(settings).start()
+    socket_path, begun, remove = Path(lender.unix_socket), threading.Event(), lender._folder.remove
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.3)
+        remove()
+
+    monkeypatch.setattr(lender._folder, "remove", slow)
+    first = threading.Thread(target=lender.close)
+    first.start()
+    assert begun.wait(10)
+    lender.close()
+    assert not socket_path.parent.exists()
+    first.join()

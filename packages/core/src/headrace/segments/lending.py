@@ -51,6 +51,7 @@ class Lender:
         self._settings = settings
         self._lent: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
         self._clients: dict[int, _Client] = {}
         self._thread: threading.Thread | None = None
         self._unix_socket = ""
@@ -114,17 +115,18 @@ class Lender:
                 os.close(fd)
 
     def close(self) -> None:
-        """Stop serving, withdraw everything and remove the socket; idempotent."""
-        thread, self._thread = self._thread, None
-        if thread is not None and os.getpid() == self._pid:
-            self._wake.send(b"x")
-            thread.join(_JOIN_S)
-            for end in (self._wake, self._woken, self._listener):
-                end.close()
-            self._probe.close()
-            self._folder.remove()
-        for segment_id in list(self._lent):
-            self.withdraw(segment_id)
+        """Stop serving, withdraw everything, remove the socket; idempotent, and done when it returns to any caller."""
+        with self._closing:
+            thread, self._thread = self._thread, None
+            if thread is not None and os.getpid() == self._pid:
+                self._wake.send(b"x")
+                thread.join(_JOIN_S)
+                for end in (self._wake, self._woken, self._listener):
+                    end.close()
+                self._probe.close()
+                self._folder.remove()
+            for segment_id in list(self._lent):
+                self.withdraw(segment_id)
 
     def __enter__(self) -> Self:
         return self.start()
