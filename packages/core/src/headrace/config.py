@@ -130,7 +130,7 @@ class HostSettings:
 
 
 _CPUS = "HEADRACE_MOONCAKE_CPUS"
-_ALL_ADDRESSES = ("0.0.0.0", "::", "*")  # noqa: S104 - compared with, not bound
+ALL_ADDRESSES = frozenset({"0.0.0.0", "::", "*"})  # noqa: S104 - compared with, not bound
 
 
 def cpu_set(text: str, name: str) -> frozenset[int]:
@@ -180,7 +180,7 @@ def size_bytes(given: float | str, unit_bytes: int, name: str) -> int:
 def advertised(bind: str, environ: Mapping[str, str] | None = None) -> str | None:
     """Return what peers are told to dial: `HEADRACE_ADVERTISE`, else `bind`; None where that is every address."""
     env = os.environ if environ is None else environ
-    return env.get("HEADRACE_ADVERTISE") or (None if bind in _ALL_ADDRESSES else bind)
+    return env.get("HEADRACE_ADVERTISE") or (None if bind in ALL_ADDRESSES else bind)
 
 
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:

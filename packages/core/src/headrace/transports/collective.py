@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import distributed as dist
 
+from headrace.config import ALL_ADDRESSES
 from headrace.errors import (
     BackendUnavailableError,
     ConnectError,
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 ABORT_S = 5.0
 _FIRST_BYTES = 1 << 20
 _TURN_S = 0.25
-_ALL_INTERFACES = frozenset({"*", "0.0.0.0", "::"})  # noqa: S104 - what HEADRACE_BIND may be
 
 
 class BroadcastGroup(Protocol):
@@ -375,7 +375,7 @@ def serve_store(bind_host: str, advertise_host: str) -> tuple[object, str]:
     """
     with listen(bind_host) as listener:
         host, port = listener.getsockname()[:2]
-        own = "localhost" if bind_host in _ALL_INTERFACES else host
+        own = "localhost" if bind_host in ALL_ADDRESSES else host
         # torch closes what it is given.
         store = dist.TCPStore(  # type: ignore[attr-defined]
             own, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno())
