@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,23 @@ def test_every_byte_of_random_copies(source: torch.Tensor, seed: int) -> None:
     for row in (3, 77, 149):
         block[int(table.dst_base[row])] ^= 1
     assert program.differences() == [3, 77, 149]
+
+
+@pytest.mark.parametrize("gentle", [False, True])
+def test_every_byte_where_copies_of_all_kinds_of_memory_take_turns(gentle: bool) -> None:
+    """The second source counts as another GPU's; its memory is this one's, which reads alike."""
+    rng = np.random.default_rng(5)
+    data = [finite(1 << 22) for _ in range(4)]
+    table, size = random_rows(rng, 600, 1 << 22)
+    table = replace(table, src_block=rng.integers(0, 4, len(table), dtype=np.int32))
+    block = poisoned(size)
+    want = expected(table, data, [block.cpu()])[0]
+    sources = [data[0].cuda(), data[1].cuda(), data[2].pin_memory(), data[3]]
+    program = bind_copies(table, sources, [block], gentle=gentle, peers=frozenset({1}))
+    program.run()
+    program.finish(DEADLINE_S)
+    assert torch.equal(block.cpu(), want)
+    assert program.differences() == []
 
 
 def test_casts_round_as_torch_does() -> None:

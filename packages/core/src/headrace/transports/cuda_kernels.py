@@ -2,6 +2,9 @@
 
 A block is `(n0, n1, width)` units at a source and a destination address. Tile `t` of the launch is `BLOCK` consecutive
 units, counted row-major, of block `tile_block[t]`. Reads of page-locked host memory go over PCIe without a copy engine.
+
+Tiles `[0, num_near)` read the own GPU, the others another one. Programs take both kinds in turns all the way through:
+multiprocessors start programs in order, so that one kind after the other would leave NVLink idle and then wait for it.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -18,9 +21,19 @@ first tile, row of the copy table, unused."""
 
 
 @triton.jit
-def _positions(blocks, tile_block, BLOCK: tl.constexpr, DIMS: tl.constexpr):  # noqa: N803
-    """Return this tile's block, source and destination offsets in units, and which units exist."""
-    tile = tl.program_id(0)
+def _tile(num_near):
+    """Return this program's tile: of any number of programs in a row, a like share is far."""
+    program, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    num_far = count - num_near
+    far_before = program * num_far // count
+    is_far = (program + 1) * num_far // count > far_before
+    return tl.where(is_far, num_near + far_before, program - far_before)
+
+
+@triton.jit
+def _positions(blocks, tile_block, num_near, BLOCK: tl.constexpr, DIMS: tl.constexpr):  # noqa: N803
+    """Return this program's block, source and destination offsets in units, and which units exist."""
+    tile = _tile(num_near)
     block = blocks + tl.load(tile_block + tile).to(tl.int64) * 12
     n1, width = tl.load(block + 3), tl.load(block + 4)
     start = (tile - tl.load(block + 9)) * BLOCK
@@ -45,26 +58,27 @@ def _positions(blocks, tile_block, BLOCK: tl.constexpr, DIMS: tl.constexpr):  # 
     return block, source, destination, exists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_near"])
 def copy_blocks(
-    blocks, tile_block, SOURCE: tl.constexpr, DESTINATION: tl.constexpr, BLOCK: tl.constexpr, DIMS: tl.constexpr  # noqa: N803
-):
+    blocks, tile_block, num_near, SOURCE: tl.constexpr, DESTINATION: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    DIMS: tl.constexpr  # noqa: N803
+):  # fmt: skip
     """Copy; where the unit types differ, cast to nearest even."""
-    block, source, destination, exists = _positions(blocks, tile_block, BLOCK, DIMS)
+    block, source, destination, exists = _positions(blocks, tile_block, num_near, BLOCK, DIMS)
     found = tl.load(tl.load(block).to(tl.pointer_type(SOURCE)) + source, mask=exists)
     tl.store(tl.load(block + 1).to(tl.pointer_type(DESTINATION)) + destination, found.to(DESTINATION), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_near"])
 def compare_blocks(
-    blocks, tile_block, different, SOURCE: tl.constexpr, DESTINATION: tl.constexpr, BITS: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr, DIMS: tl.constexpr, CAST: tl.constexpr  # noqa: N803
+    blocks, tile_block, num_near, different, SOURCE: tl.constexpr, DESTINATION: tl.constexpr,  # noqa: N803
+    BITS: tl.constexpr, BLOCK: tl.constexpr, DIMS: tl.constexpr, CAST: tl.constexpr  # noqa: N803
 ):  # fmt: skip
     """Set `different[row]` where a destination does not have the bits that `copy_blocks` writes.
 
     After a cast any NaN is as good as another.
     """
-    block, source, destination, exists = _positions(blocks, tile_block, BLOCK, DIMS)
+    block, source, destination, exists = _positions(blocks, tile_block, num_near, BLOCK, DIMS)
     wanted = tl.load(tl.load(block).to(tl.pointer_type(SOURCE)) + source, mask=exists, other=0).to(DESTINATION)
     found = tl.load(tl.load(block + 1).to(tl.pointer_type(DESTINATION)) + destination, mask=exists, other=0)
     wrong = wanted.to(BITS, bitcast=True) != found.to(BITS, bitcast=True)

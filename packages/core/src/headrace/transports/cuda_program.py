@@ -37,10 +37,11 @@ _KERNEL_CASTS = frozenset({"bfloat16", "float16", "float32"})
 
 @dataclass(frozen=True)
 class _Launch:
-    """Blocks of equal unit types, on the device, with what a kernel must know of them."""
+    """Blocks of equal unit types, on the device, those of the own GPU first, with what a kernel must know of them."""
 
     table: torch.Tensor
     tile_block: torch.Tensor
+    num_near: int
     types: tuple[str, str]
     dims: int
 
@@ -48,10 +49,9 @@ class _Launch:
 class CudaProgram:
     """Strided copies into one GPU's memory, ready to run as often as wished; `run` enqueues, `finish` waits.
 
-    Long runs from page-locked host memory and from other GPUs go through the copy engines, which are the fastest way
-    over PCIe; strided and short ones from there, and all from the GPU's own memory, through a kernel that runs at the
-    same time. What neither can do
-    (host memory that is not page-locked, rare casts and shapes) is left to torch.
+    Long runs from page-locked host memory go through the copy engines, which are the fastest way over PCIe; strided and
+    short ones from there, and all from GPUs, through a kernel that runs at the same time and reads the own GPU and
+    others in turns. What neither can do (host memory that is not page-locked, rare casts and shapes) is left to torch.
 
     Ordering: `run` is ordered after what the current stream has been given, and before what it is given afterwards:
     the copy engines' stream waits for an event of the current stream, and that one waits for it in the end. Within a
@@ -82,8 +82,7 @@ class CudaProgram:
     ) -> None:
         self._device = device
         self._peers = peers
-        self._least_row = 1 if gentle else ENGINE_ROW_BYTES
-        self._least = 1 if gentle else ENGINE_BYTES
+        self._gentle = gentle
         self._memory = (tuple(sources), tuple(destinations))
         rows = np.flatnonzero(copies.num_elements)
         copies = copies.take(rows)
@@ -107,35 +106,40 @@ class CudaProgram:
         kind = np.where(
             exact, blocks.unit[:, 0], _CAST + copies.src_dtype.astype(np.int64) * 256 + copies.dst_dtype
         )
-        far = per_block(copies.src_block, sources, lambda s: s.device != self._device)[copies.src_block] != 0
-        far |= np.isin(copies.src_block, tuple(self._peers))
-        engine = exact & far & blocks.flat & (blocks.num_bytes >= self._least)
-        engine &= blocks.contiguous | (blocks.row_bytes >= self._least_row)
+        far = ~_on(copies.src_block, sources, self._device) | np.isin(copies.src_block, tuple(self._peers))
+        engine = exact & far & blocks.flat
+        if not self._gentle:
+            engine &= per_block(copies.src_block, sources, lambda s: not s.is_cuda)[copies.src_block] != 0
+            engine &= blocks.num_bytes >= ENGINE_BYTES
+            engine &= blocks.contiguous | (blocks.row_bytes >= ENGINE_ROW_BYTES)
         origins = per_block(copies.src_block, sources, lambda s: s.untyped_storage().data_ptr())
         whole, crossing = blocks.take(engine).cut_at(origins[copies.src_block[engine]], PIN_CHUNK_BYTES)
         batched = whole.contiguous & (whole.num_bytes < LONG_BYTES)
         self._batch = whole.take(batched)
         self._rectangles = _rectangles(whole.take(~batched))
         with torch.cuda.device(self._device), torch.inference_mode():
-            self._kernels = self._launches(blocks.take(~engine), kind[~engine])
+            self._kernels = self._launches(blocks.take(~engine), kind[~engine], far[~engine])
             self._kernels += self._launches(crossing, crossing.unit[:, 0])
             self._engine = blocks.take(engine)
             self._stream = _new_stream(self._device) if len(whole) else None
 
-    def _launches(self, blocks: Blocks, kind: I64) -> list[_Launch]:
-        """Group blocks by unit types and dims, and put each group's table on the device."""
+    def _launches(self, blocks: Blocks, kind: I64, far: Mask | None = None) -> list[_Launch]:
+        """Group blocks by unit types and dims, and put each group's table on the device; by default none is far."""
         group = kind * 2 + blocks.flat
-        return [self._launch(blocks.take(group == one), one) for one in np.unique(group).tolist()]
+        far = np.zeros(len(blocks), bool) if far is None else far
+        launches = []
+        for one in np.unique(group).tolist():
+            near, others = (np.flatnonzero((group == one) & side) for side in (~far, far))
+            launches.append(self._launch(blocks.take(np.append(near, others)), len(near), one))
+        return launches
 
-    def _launch(self, blocks: Blocks, group: int) -> _Launch:
+    def _launch(self, blocks: Blocks, near_blocks: int, group: int) -> _Launch:
         table, tiles = _table(blocks)
-        _compile(_types(group // 2), 2 if group % 2 else 3, self._device)
-        return _Launch(
-            torch.from_numpy(table).to(self._device),
-            torch.from_numpy(tiles).to(self._device),
-            _types(group // 2),
-            2 if group % 2 else 3,
-        )
+        types, dims = _types(group // 2), 2 if group % 2 else 3
+        _compile(types, dims, self._device)
+        num_near = int(np.searchsorted(tiles, near_blocks))
+        on_device = [torch.from_numpy(array).to(self._device) for array in (table, tiles)]
+        return _Launch(on_device[0], on_device[1], num_near, types, dims)
 
     @property
     def table_bytes(self) -> int:
@@ -239,6 +243,7 @@ def _copy(launch: _Launch) -> None:
     cuda_kernels.copy_blocks[(len(launch.tile_block),)](
         launch.table,
         launch.tile_block,
+        launch.num_near,
         SOURCE=source,
         DESTINATION=destination,
         BLOCK=PIECE_UNITS,
@@ -250,7 +255,7 @@ def _copy(launch: _Launch) -> None:
 def _compile(types: tuple[str, str], dims: int, device: torch.device) -> None:
     """Have the kernel compiled now, by a launch that copies nothing: the first commit must not wait for it."""
     nothing = torch.tensor([[0, 0, 0, 1, 1, *[0] * 7]], device=device)
-    _copy(_Launch(nothing, torch.zeros(1, dtype=torch.int32, device=device), types, dims))
+    _copy(_Launch(nothing, torch.zeros(1, dtype=torch.int32, device=device), 1, types, dims))
 
 
 def _compare(launch: _Launch, different: torch.Tensor) -> None:
@@ -261,7 +266,7 @@ def _compare(launch: _Launch, different: torch.Tensor) -> None:
     source, destination = (getattr(tl, name) for name in launch.types)
     cast = source != destination
     cuda_kernels.compare_blocks[(len(launch.tile_block),)](
-        launch.table, launch.tile_block, different, SOURCE=source, DESTINATION=destination,
+        launch.table, launch.tile_block, launch.num_near, different, SOURCE=source, DESTINATION=destination,
         BITS=getattr(tl, f"int{destination.primitive_bitwidth}"), BLOCK=PIECE_UNITS, DIMS=launch.dims, CAST=cast,
     )  # fmt: skip
 
