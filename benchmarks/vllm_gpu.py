@@ -49,13 +49,12 @@ class Way:
     name: str
     budget_bytes: int | None
     choices: dict[str, Any] = field(default_factory=dict)
-    repeats: int = 5
 
 
 WAYS = (
     Way("straight from host memory", 0),
-    Way("staged", None, repeats=2),
-    Way("staged, caches kept, paused", None, {"cache": "keep", "barrier": "pause"}, repeats=3),
+    Way("staged", None),
+    Way("staged, caches kept, paused", None, {"cache": "keep", "barrier": "pause"}),
     Way("staged, caches kept, held", None, {"cache": "keep", "barrier": "hold"}),
 )
 
@@ -100,7 +99,7 @@ class Bench:
         self.update("second: page-locks the other segments")
         for way in ways:
             try:
-                for turn in range(WARM_UPS + min(way.repeats, self._repeats)):
+                for turn in range(WARM_UPS + self._repeats):
                     name = way.name if turn >= WARM_UPS else f"warm-up {turn + 1} of {way.name}"
                     self.update(name, budget_bytes=way.budget_bytes, **way.choices)
             except HeadraceError as error:
@@ -149,8 +148,8 @@ def baselines(engine: RemoteEngine, model: Model, tp: int, repeats: int) -> list
     """Measure vLLM's own ways inside the workers, and checkpoint-engine's whole update."""
     found = []
     told = (next(name for name, served in SERVED.items() if served is model),)
-    for way, count in (("load_weights", repeats), ("layerwise", 3)):
-        seconds = [max(engine.engine.rpc(f"bench_pool_{way}", told)) for _ in range(1 + count)]
+    for way in ("load_weights", "layerwise"):
+        seconds = [max(engine.engine.rpc(f"bench_pool_{way}", told)) for _ in range(1 + repeats)]
         found.append((f"vLLM's {way}, from pinned memory", Spread.of(seconds[1:]).ms()))
         print("  ".join(found[-1]), flush=True)
     seconds = []
