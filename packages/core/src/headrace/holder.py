@@ -401,8 +401,11 @@ def _leave_with_parent(holder: Holder) -> None:
 
 
 def main() -> None:
-    """Run a holder whose ticket and source come as one JSON line on stdin."""
-    spec = json.loads(sys.stdin.readline())
+    """Run a holder whose ticket and source come as one JSON line on stdin; none comes where it is not needed."""
+    line = sys.stdin.readline()
+    if not line:
+        return
+    spec = json.loads(line)
     logging.basicConfig(level=spec.get("log_level", "WARNING"))
     torch.set_num_threads(1)
     ticket = HolderTicket(**spec["ticket"])
