@@ -12,9 +12,11 @@ import pytest
 import headrace
 from headrace import errors
 from headrace.config import UpdateSettings, cpu_set, host_settings
+from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
 from headrace.server.versions import next_version
 from headrace.telemetry import Recorder, chrome_trace
+from headrace.transports.tcp_server import TcpServer
 from headrace.types import ParamMeta, ParamTable
 
 
@@ -64,7 +66,7 @@ def test_the_environment_is_read_in_one_place() -> None:
     )
     assert str(host.socket_dir) == "/x"
     assert {5, 6} <= host.permitted_uids
-    assert host.advertise_host == "127.0.0.1"
+    assert host.bind_host == "0.0.0.0"
     with pytest.raises(ConfigError, match="HEADRACE_PERMITTED_UIDS"):
         host_settings({"HEADRACE_PERMITTED_UIDS": "root"})
     assert host.mooncake_cpus is None
@@ -73,6 +75,27 @@ def test_the_environment_is_read_in_one_place() -> None:
     for wrong in ("", "a", "1-", "100000"):
         with pytest.raises(ConfigError, match="--mooncake-cpus"):
             cpu_set(wrong, "--mooncake-cpus")
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({}, "127.0.0.1"),
+        ({"HEADRACE_BIND": "10.0.0.5"}, "10.0.0.5"),
+        ({"HEADRACE_BIND": "0.0.0.0", "HEADRACE_ADVERTISE": "10.0.0.5"}, "10.0.0.5"),
+        ({"HEADRACE_BIND": "0.0.0.0"}, None),
+        ({"HEADRACE_BIND": "::", "HEADRACE_ADVERTISE": ""}, None),
+    ],
+)
+def test_who_listens_on_every_address_must_say_which_to_dial(environ: dict[str, str], told: str | None) -> None:
+    """An engine reads the same variables and listens nowhere, so that reading them is no error."""
+    host = host_settings(environ)
+    if told is not None:
+        assert host.require_advertised() == told
+        return
+    for listen in (Hub, lambda host: TcpServer(lambda _: None, b"s" * 32, host)):
+        with pytest.raises(ConfigError, match="HEADRACE_ADVERTISE"):
+            listen(host)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli.console import format_bytes, print_json, stdout
+from headrace.cli.files import check_writable
 from headrace.cli.members import FromOptions, with_cpus, with_nics
-from headrace.cli.options import (
-    Checkpoint,
-)
+from headrace.cli.options import Checkpoint
 from headrace.config import advertised, host_settings
 from headrace.errors import ConfigError
 
@@ -69,6 +68,7 @@ def hold(
     if launch is not None and launch.rank > 0:
         hold_as_rank(launch, checkpoint, replace(host, bind_port=0))
         return
+    check_writable(save_metas, "--save-metas")
     partners = [Invitation.load(path) for path in partner or ()]
     source = None if launch else CheckpointSource(checkpoint)
     spec = SourceSpec(source=source) if source else SourceSpec(checkpoint=str(checkpoint.resolve()))
@@ -106,7 +106,7 @@ def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: b
         address, _, port = bind.rpartition(":") if bind.count(":") == 1 else (bind, "", "0")
         if not address or not port.isdigit():
             raise ConfigError(f"--bind is {bind!r}; write HOST or HOST:PORT", name="--bind")
-        host = replace(host, bind_host=address, bind_port=int(port), advertise_host=advertised(address) or "")
+        host = replace(host, bind_host=address, bind_port=int(port), advertise_host=advertised(address))
     if advertise is not None:
         host = replace(host, advertise_host=advertise)
     if transport == "mooncake":
@@ -117,9 +117,7 @@ def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: b
                 "read the weights. Fence its ports, then give --allow-unauthenticated-data-plane; or hold with tcp"
             )
             raise ConfigError(message, name="--transport")
-    if not host.advertise_host:
-        message = f"--bind {bind} is every address; name one that others dial with --advertise or HEADRACE_ADVERTISE"
-        raise ConfigError(message, name="--bind")
+    host.require_advertised()
     return host
 
 

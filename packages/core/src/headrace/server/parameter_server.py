@@ -77,7 +77,7 @@ class ParameterServer:
             Planner(),
             Guardian(),
             {},
-            RingHost(self._host.bind_host, self._host.advertise_host),
+            RingHost(self._host.bind_host, self._host.require_advertised()),
         )
         self._busy = threading.Lock()
 
