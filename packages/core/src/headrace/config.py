@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Self, get_args
+
+import msgspec
 
 from headrace.errors import ConfigError
 from headrace.types import BarrierName, CacheMode, RouteName, VerifyMode
@@ -127,6 +129,16 @@ class HostSettings:
     recipe_cache: Path | None = None
     staging_bytes: int = 0
     is_default_dir: bool = False
+
+    def plain(self) -> dict[str, object]:
+        """Return it as JSON carries it, for a process of this host that takes the same."""
+        made: dict[str, object] = msgspec.to_builtins(self, enc_hook=str)
+        return made
+
+    @classmethod
+    def of_plain(cls, given: dict[str, object]) -> Self:
+        """Return what `plain` was made of."""
+        return msgspec.convert(given, cls, dec_hook=lambda kind, value: kind(value))
 
     def require_advertised(self) -> str:
         """Return `advertise_host`, for who listens.

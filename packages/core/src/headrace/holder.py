@@ -21,7 +21,7 @@ from secrets import token_bytes
 import torch
 
 from headrace import wire
-from headrace.config import HostSettings, host_settings
+from headrace.config import HostSettings
 from headrace.control.dialer import Dialer
 from headrace.digests import digest
 from headrace.errors import (
@@ -401,7 +401,7 @@ def _leave_with_parent(holder: Holder) -> None:
 
 
 def main() -> None:
-    """Run a holder whose ticket and source come as one JSON line on stdin; none comes where it is not needed."""
+    """Run a holder whose ticket, source and host come as one JSON line on stdin; none comes where it is not needed."""
     line = sys.stdin.readline()
     if not line:
         return
@@ -410,14 +410,19 @@ def main() -> None:
     torch.set_num_threads(1)
     ticket = HolderTicket(**spec["ticket"])
     try:
-        holder = Holder(source_from(spec), ticket, host_settings())
+        holder = Holder(source_from(spec), ticket, HostSettings.of_plain(spec["host"]))
     except HeadraceError as error:
         _give_up(ticket, error)
         return
     threading.Thread(target=_leave_with_parent, args=(holder,), daemon=True).start()
-    holder.run()
+    code = 0
+    try:
+        holder.run()
+    except HeadraceError as error:
+        logger.error("%s ends: %s", holder.name, error)  # noqa: TRY400 - the message says it all
+        code = 1
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Recovery: resumes engines that a dead updater left paused, by hand or as the guardian process.
 
-The guardian learns over stdin, line by line, which engines are paused; when stdin closes while some still are, the
-updater is dead and it recovers each: an engine whose ranks all hold one version resumes, a mixed one stays paused.
+The guardian learns over stdin, line by line, where to listen and which engines are paused; when stdin closes while some
+still are, the updater is dead and it recovers each: an engine whose ranks all hold one version resumes, a mixed one
+stays paused.
 """
 
 from __future__ import annotations
@@ -126,16 +127,19 @@ def _verdict(peers: Sequence[Peer]) -> int | None:
 def main() -> int:
     """Watch stdin until it closes, then recover what is still paused."""
     logging.basicConfig(level=logging.WARNING, format="headrace guardian: %(message)s")
+    host = host_settings()
     paused: dict[str, EngineTarget] = {}
     for line in sys.stdin:
         message = json.loads(line)
-        if "paused" in message:
+        if "host" in message:
+            host = HostSettings.of_plain(message["host"])
+        elif "paused" in message:
             target = EngineTarget(**message["paused"])
             paused[target.address] = target
         else:
             paused.pop(message["resumed"], None)
     failures = 0
-    for target, outcome in recover_all(list(paused.values()), host_settings()):
+    for target, outcome in recover_all(list(paused.values()), host):
         if isinstance(outcome, HeadraceError):
             failures += 1
             logger.error("%s was not resumed: %s", target.address, outcome)

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from headrace.config import Deadlines, host_settings
+from headrace.config import Deadlines, HostSettings, host_settings
 from headrace.control.hub import Hub
 from headrace.errors import PeerLostError, TransferTimeoutError
 from headrace.server import startup
@@ -25,9 +26,13 @@ pytestmark = [pytest.mark.timeout(90), pytest.mark.usefixtures("socket_dir")]
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Iterator[HolderPool]:
+def host(request: pytest.FixtureRequest) -> HostSettings:
+    return replace(host_settings(), **getattr(request, "param", {}))
+
+
+@pytest.fixture
+def pool(tmp_path: Path, host: HostSettings) -> Iterator[HolderPool]:
     save_file({"w": torch.arange(64)}, tmp_path / "model.safetensors")
-    host = host_settings()
     board = Switchboard(Hub(host))
     made = HolderPool(SourceSpec(checkpoint=str(tmp_path)), board, host)
     yield made
@@ -51,6 +56,22 @@ def test_a_pool_begins_with_them_and_starts_what_is_wanting(pool: HolderPool) ->
         pool.stop()
         assert not Path(f"/proc/{process.pid}").exists()
         pool.ensure(1)
+
+
+@pytest.mark.parametrize("host", [{"bind_host": "127.0.0.2", "advertise_host": "127.0.0.2"}], indirect=True)
+def test_they_listen_where_their_owner_was_told_to(pool: HolderPool) -> None:
+    """Also where a program chose it, and not the environment."""
+    pool.ensure(1)
+    (manifest,) = pool.publish(1, Deadlines())
+    assert manifest.holder.tcp_endpoint.startswith("127.0.0.2:")
+
+
+@pytest.mark.parametrize("host", [{"bind_host": "127.0.0.2", "advertise_host": "127.0.0.1"}], indirect=True)
+def test_one_that_cannot_dial_says_so_in_a_line(pool: HolderPool, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PeerLostError, match="ended with code 1 before it was up"):
+        pool.ensure(1)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "no connection to the coordinator tcp://127.0.0.1" in line
 
 
 def test_those_that_nobody_needed_end_with_the_body() -> None:

@@ -274,6 +274,7 @@ class HolderPool:
             "checkpoint": self._spec.checkpoint,
             "parts": count,
             "part": ticket.index,
+            "host": self._host.plain(),
             "log_level": logging.getLevelName(logger.getEffectiveLevel()),
         }
         process = self.spares.pop() if self.spares else HolderProcess()

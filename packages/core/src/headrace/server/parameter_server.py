@@ -75,7 +75,7 @@ class ParameterServer:
             board,
             HolderPool(spec, board, self._host, launch),
             Planner(),
-            Guardian(),
+            Guardian(self._host),
             {},
             RingHost(self._host.bind_host, self._host.require_advertised()),
         )
