@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from headrace.server.keeping import Keeper
     from headrace.server.parameter_server import ParameterServer
 
+_CHECK_EVERY_S = 1.0
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -79,7 +80,7 @@ def hold(
             kept = keep(spec, host, crew=launch, version=version, partners=partners, progress=progress)
             keeper = stack.enter_context(kept)
         announce(keeper, str(checkpoint), save_metas, as_json=as_json)
-        wait_for_stop()
+        keep_until_stop(keeper)
 
 
 def stay(server: ParameterServer, what: str, partners: Sequence[Invitation], *, as_json: bool) -> None:
@@ -89,7 +90,7 @@ def stay(server: ParameterServer, what: str, partners: Sequence[Invitation], *, 
     with Keeper(server.holders, host_settings(), partners) as own:
         own.offer(server.holders.published)
         announce(own, what, None, as_json=as_json)
-        wait_for_stop()
+        keep_until_stop(own)
 
 
 def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: bool) -> HostSettings:
@@ -144,14 +145,19 @@ def announce(keeper: Keeper, what: str, save_metas: Path | None, *, as_json: boo
     )
 
 
-def wait_for_stop() -> None:
-    """Return when the user or the system asks this process to end."""
+def keep_until_stop(keeper: Keeper) -> None:
+    """Return when the user or the system asks this process to end.
+
+    Raises:
+        PeerLostError: A holder is lost: this keeper is of no use to anybody any more.
+    """
     stop = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        stop.wait()
+        while not stop.wait(_CHECK_EVERY_S):
+            keeper.check()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -230,6 +230,15 @@ class HolderPool:
         if self.newest == version:
             self.newest = version - 1
 
+    def check(self) -> None:
+        """Do nothing while all holders are there.
+
+        Raises:
+            PeerLostError: One is lost, and with it what it held.
+        """
+        for peer in self.peers:
+            peer.check("keeping what it holds")
+
     def settle(self, deadline_s: float) -> None:
         """Wait until no holder works for a failed update any more; end them all if one does not come to rest."""
         nonce = new_token()
