@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
 from secrets import token_hex
@@ -64,18 +65,26 @@ def recover(control: EngineControl, host: HostSettings, deadline_s: float = RECO
 def recover_all(
     targets: Sequence[EngineTarget], host: HostSettings, deadline_s: float = RECOVERY_S
 ) -> Iterator[tuple[EngineTarget, str | HeadraceError]]:
-    """Recover engines side by side: none waits for another. Yields what became of each, as it is known."""
+    """Recover engines side by side: none waits for another. Yields what became of each, as it is known.
 
-    def attempt(target: EngineTarget) -> tuple[EngineTarget, str | HeadraceError]:
+    The threads do not keep the process: Ctrl-C need not wait for an engine that does not answer.
+    """
+    found: queue.SimpleQueue[tuple[EngineTarget, str | Exception]] = queue.SimpleQueue()
+
+    def attempt(target: EngineTarget) -> None:
         try:
             with closing(engine_control(target)) as control:
-                return target, recover(control, host, deadline_s)
-        except HeadraceError as error:
-            return target, error
+                found.put((target, recover(control, host, deadline_s)))
+        except Exception as error:  # noqa: BLE001 - carried to the caller's thread
+            found.put((target, error))
 
-    with ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="headrace-recover") as pool:
-        for future in as_completed([pool.submit(attempt, target) for target in targets]):
-            yield future.result()
+    for target in targets:
+        threading.Thread(target=attempt, args=(target,), name="headrace-recover", daemon=True).start()
+    for _ in targets:
+        target, outcome = found.get()
+        if isinstance(outcome, Exception) and not isinstance(outcome, HeadraceError):
+            raise outcome
+        yield target, outcome
 
 
 def _enrol_free(control: EngineControl, board: Switchboard, limit: float) -> list[Peer]:
