@@ -11,7 +11,7 @@ import pytest
 
 import headrace
 from headrace import errors
-from headrace.config import UpdateSettings, cpu_set, host_settings
+from headrace.config import Deadlines, UpdateSettings, cpu_set, host_settings
 from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
 from headrace.server.versions import next_version
@@ -58,6 +58,13 @@ def test_a_bad_setting_is_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as caught:
         UpdateSettings(**wrong)  # type: ignore[arg-type]
     assert caught.value.name in wrong
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_deadline_is_a_number_of_seconds(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="ready_s is .*; give seconds") as caught:
+        Deadlines(ready_s=seconds)
+    assert caught.value.name == "ready_s"
 
 
 def test_the_environment_is_read_in_one_place() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self, get_args
 
@@ -30,6 +30,12 @@ class Deadlines:
     stage_s: float = 600.0
     pause_s: float = 60.0
     commit_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if not 0 <= getattr(self, limit.name) < float("inf"):
+                message = f"{limit.name} is {getattr(self, limit.name)}; give seconds, 0 or more"
+                raise ConfigError(message, name=limit.name)
 
 
 @dataclass(frozen=True, slots=True)
