@@ -19,6 +19,20 @@ GIB = 1 << 30
 BUCKET_BYTES = 64 * MIB
 
 
+def check_seconds(given: float, name: str) -> None:
+    """Refuse a deadline that is none.
+
+    Args:
+        given: In seconds.
+        name: The option or field that it comes from, for the error.
+
+    Raises:
+        ConfigError: It is no number, negative, or without end.
+    """
+    if not 0 <= given < float("inf"):
+        raise ConfigError(f"{name} is {given}; give seconds, 0 or more", name=name)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deadlines:
     """How long each wait may take, in seconds."""
@@ -33,9 +47,7 @@ class Deadlines:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            if not 0 <= getattr(self, limit.name) < float("inf"):
-                message = f"{limit.name} is {getattr(self, limit.name)}; give seconds, 0 or more"
-                raise ConfigError(message, name=limit.name)
+            check_seconds(getattr(self, limit.name), limit.name)
 
 
 @dataclass(frozen=True, slots=True)

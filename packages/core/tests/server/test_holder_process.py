@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from headrace.config import Deadlines, HostSettings, host_settings
 from headrace.control.hub import Hub
-from headrace.errors import PeerLostError, TransferTimeoutError
+from headrace.errors import PeerLostError, TransferTimeoutError, UpdateFailedError
 from headrace.server import startup
 from headrace.server.holder_process import started
 from headrace.server.holders import PROCESS_END_S, HolderPool, SourceSpec
@@ -72,6 +72,13 @@ def test_one_that_cannot_dial_says_so_in_a_line(pool: HolderPool, capfd: pytest.
         pool.ensure(1)
     (line,) = capfd.readouterr().err.splitlines()
     assert "no connection to the coordinator tcp://127.0.0.1" in line
+
+
+@pytest.mark.parametrize("host", [{"socket_dir": Path("/proc/none")}], indirect=True)
+def test_one_that_cannot_lend_tells_its_owner_why(pool: HolderPool) -> None:
+    pool.ensure(1)
+    with pytest.raises(UpdateFailedError, match="socket folder /proc/none cannot be used"):
+        pool.publish(1, Deadlines())
 
 
 def test_those_that_nobody_needed_end_with_the_body() -> None:

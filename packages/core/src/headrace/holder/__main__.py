@@ -14,7 +14,7 @@ import torch
 from headrace import wire
 from headrace.config import HostSettings
 from headrace.control.dialer import Dialer
-from headrace.errors import HeadraceError, RemoteFailure
+from headrace.errors import ConfigError, HeadraceError, RemoteFailure
 from headrace.holder.holder import Holder, HolderTicket
 from headrace.protocols import WeightSource
 from headrace.store.checkpoint import CheckpointSource
@@ -67,6 +67,8 @@ def main() -> None:
     code = 0
     try:
         holder.run()
+    except ConfigError as error:
+        _give_up(ticket, error)
     except HeadraceError as error:
         logger.error("%s ends: %s", holder.name, error)  # noqa: TRY400 - the message says it all
         code = 1
