@@ -13,7 +13,6 @@ import torch
 from faults_world import PARAMS, MakeWorld, World, make_tensors, write_checkpoint
 from safetensors.torch import save_file
 
-from headrace import holder
 from headrace.config import Deadlines
 from headrace.errors import (
     CapacityError,
@@ -23,6 +22,7 @@ from headrace.errors import (
     UncoveredRegionError,
     UpdateFailedError,
 )
+from headrace.holder import holder
 from headrace.protocols import SourceRegion
 from headrace.segments import capacity
 from headrace.server.parameter_server import ParameterServer

@@ -191,6 +191,17 @@ def test_resume_reaches_every_engine_it_can(paused: EngineProcess, hung: str) ->
     assert is_running(paused)
 
 
+def test_resume_can_be_broken_off_at_once() -> None:
+    """An engine that does not answer has a minute to."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"torch=http://127.0.0.1:{listener.getsockname()[1]}"
+        command = [sys.executable, "-m", "headrace", "resume", "--to", address]
+        with subprocess.Popen(command) as process, listener.accept()[0]:
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 130
+
+
 def test_the_guardian_lets_no_engine_wait_for_another(paused: EngineProcess, hung: str) -> None:
     with subprocess.Popen([sys.executable, "-m", "headrace.recovery"], stdin=subprocess.PIPE, text=True) as guardian:
         assert guardian.stdin is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -219,6 +220,11 @@ def test_an_update_leaves_its_holder_to_be_joined(
                 assert len(member.standing().holders) == 2, "the joiner gives what it has read"
             with Membership(Invitation.of(own_address, own_token), "test") as member:
                 assert len(member.ask(lease=False).manifests) == 2
+        for child in descendants(keeper.process.pid):
+            if b"headrace.holder" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(child, signal.SIGKILL)
+        code, _, err = keeper.end()
+        assert (code, "holder 0 was lost in keeping what it holds" in err) == (1, True), "nobody can join any more"
 
 
 def test_a_join_that_fails_leaves_the_engine_unready_and_can_be_repeated(

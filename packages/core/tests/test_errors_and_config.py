@@ -11,10 +11,12 @@ import pytest
 
 import headrace
 from headrace import errors
-from headrace.config import UpdateSettings, cpu_set, host_settings
+from headrace.config import Deadlines, UpdateSettings, cpu_set, host_settings
+from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
 from headrace.server.versions import next_version
 from headrace.telemetry import Recorder, chrome_trace
+from headrace.transports.tcp_server import TcpServer
 from headrace.types import ParamMeta, ParamTable
 
 
@@ -58,13 +60,20 @@ def test_a_bad_setting_is_named(wrong: dict[str, object]) -> None:
     assert caught.value.name in wrong
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_deadline_is_a_number_of_seconds(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="ready_s is .*; give seconds") as caught:
+        Deadlines(ready_s=seconds)
+    assert caught.value.name == "ready_s"
+
+
 def test_the_environment_is_read_in_one_place() -> None:
     host = host_settings(
         {"HEADRACE_SOCKET_DIR": "/x", "HEADRACE_PERMITTED_UIDS": "5, 6", "HEADRACE_BIND": "0.0.0.0"}
     )
     assert str(host.socket_dir) == "/x"
     assert {5, 6} <= host.permitted_uids
-    assert host.advertise_host == "127.0.0.1"
+    assert host.bind_host == "0.0.0.0"
     with pytest.raises(ConfigError, match="HEADRACE_PERMITTED_UIDS"):
         host_settings({"HEADRACE_PERMITTED_UIDS": "root"})
     assert host.mooncake_cpus is None
@@ -73,6 +82,27 @@ def test_the_environment_is_read_in_one_place() -> None:
     for wrong in ("", "a", "1-", "100000"):
         with pytest.raises(ConfigError, match="--mooncake-cpus"):
             cpu_set(wrong, "--mooncake-cpus")
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({}, "127.0.0.1"),
+        ({"HEADRACE_BIND": "10.0.0.5"}, "10.0.0.5"),
+        ({"HEADRACE_BIND": "0.0.0.0", "HEADRACE_ADVERTISE": "10.0.0.5"}, "10.0.0.5"),
+        ({"HEADRACE_BIND": "0.0.0.0"}, None),
+        ({"HEADRACE_BIND": "::", "HEADRACE_ADVERTISE": ""}, None),
+    ],
+)
+def test_who_listens_on_every_address_must_say_which_to_dial(environ: dict[str, str], told: str | None) -> None:
+    """An engine reads the same variables and listens nowhere, so that reading them is no error."""
+    host = host_settings(environ)
+    if told is not None:
+        assert host.require_advertised() == told
+        return
+    for listen in (Hub, lambda host: TcpServer(lambda _: None, b"s" * 32, host)):
+        with pytest.raises(ConfigError, match="HEADRACE_ADVERTISE"):
+            listen(host)
 
 
 @pytest.mark.parametrize(

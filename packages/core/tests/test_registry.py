@@ -54,7 +54,7 @@ def test_a_transport_that_nobody_knows_is_refused_and_others_are_not_imported(in
     install("acme-wires", "headrace.transports", {"smoke": "acme_smoke:Smoke"}, acme_smoke="raise RuntimeError\n")
     for name in ("auto", "collective", "memory", "tcp", "mooncake", "smoke"):
         registry.check_transport(name)
-    with pytest.raises(ConfigError, match="choose one of auto, collective, memory, mooncake, smoke, tcp"):
+    with pytest.raises(ConfigError, match=r"choose one of auto, collective, memory, mooncake, smoke, tcp\..* here too"):
         registry.check_transport("drum")
     assert "acme_smoke" not in sys.modules
 

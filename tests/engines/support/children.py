@@ -13,6 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from headrace.errors import ConfigError
 from headrace.protocols import EngineControl
 from headrace.server.parameter_server import ParameterServer
 
@@ -66,6 +69,8 @@ async def update_while_answering(
     requests = asyncio.create_task(keep_asking())
     await begun.wait()
     with ParameterServer(checkpoint) as server:
+        with pytest.raises(ConfigError, match="to_thread"):
+            server.update([control, control])
         report = await asyncio.to_thread(server.update, control, **choices)
     done.set()
     answers = await requests

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args
+from typing import Self, get_args
+
+import msgspec
 
 from headrace.errors import ConfigError
 from headrace.types import BarrierName, CacheMode, RouteName, VerifyMode
@@ -15,6 +17,20 @@ from headrace.types import BarrierName, CacheMode, RouteName, VerifyMode
 MIB = 1 << 20
 GIB = 1 << 30
 BUCKET_BYTES = 64 * MIB
+
+
+def check_seconds(given: float, name: str) -> None:
+    """Refuse a deadline that is none.
+
+    Args:
+        given: In seconds.
+        name: The option or field that it comes from, for the error.
+
+    Raises:
+        ConfigError: It is no number, negative, or without end.
+    """
+    if not 0 <= given < float("inf"):
+        raise ConfigError(f"{name} is {given}; give seconds, 0 or more", name=name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +44,10 @@ class Deadlines:
     stage_s: float = 600.0
     pause_s: float = 60.0
     commit_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            check_seconds(getattr(self, limit.name), limit.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +128,7 @@ class HostSettings:
         is_default_dir: Whether nobody chose `socket_dir`, so that its mode may be changed.
         bind_host: Address that control and data sockets listen on.
         bind_port: Port of the first control socket that is made with these settings; 0 takes any.
-        advertise_host: Address that peers are told to dial.
+        advertise_host: Address that peers are told to dial; empty where `bind_host` is every one and none was named.
         mooncake: Whether holders serve their segments through Mooncake as well, which authenticates nobody.
         mooncake_nics: RDMA devices that Mooncake uses; empty for TCP.
         mooncake_cpus: CPUs of Mooncake's helper processes; None leaves them where the system puts them.
@@ -127,6 +147,30 @@ class HostSettings:
     recipe_cache: Path | None = None
     staging_bytes: int = 0
     is_default_dir: bool = False
+
+    def plain(self) -> dict[str, object]:
+        """Return it as JSON carries it, for a process of this host that takes the same."""
+        made: dict[str, object] = msgspec.to_builtins(self, enc_hook=str)
+        return made
+
+    @classmethod
+    def of_plain(cls, given: dict[str, object]) -> Self:
+        """Return what `plain` was made of."""
+        return msgspec.convert(given, cls, dec_hook=lambda kind, value: kind(value))
+
+    def require_advertised(self) -> str:
+        """Return `advertise_host`, for who listens.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if not self.advertise_host:
+            message = (
+                f"this host listens on {self.bind_host}, which is every address; name the one that others dial with "
+                "HEADRACE_ADVERTISE (`headrace hold`: --advertise), or listen on it alone; `hostname -I` lists them"
+            )
+            raise ConfigError(message, name="HEADRACE_ADVERTISE")
+        return self.advertise_host
 
 
 _CPUS = "HEADRACE_MOONCAKE_CPUS"
@@ -177,10 +221,10 @@ def size_bytes(given: float | str, unit_bytes: int, name: str) -> int:
     return int(wished)
 
 
-def advertised(bind: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return what peers are told to dial: `HEADRACE_ADVERTISE`, else `bind`; None where that is every address."""
+def advertised(bind: str, environ: Mapping[str, str] | None = None) -> str:
+    """Return what peers are told to dial: `HEADRACE_ADVERTISE`, else `bind`; empty where that is every address."""
     env = os.environ if environ is None else environ
-    return env.get("HEADRACE_ADVERTISE") or (None if bind in ALL_ADDRESSES else bind)
+    return env.get("HEADRACE_ADVERTISE") or ("" if bind in ALL_ADDRESSES else bind)
 
 
 def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
@@ -209,5 +253,5 @@ def host_settings(environ: Mapping[str, str] | None = None) -> HostSettings:
         mooncake_cpus=cpu_set(cpus, _CPUS) if (cpus := env.get(_CPUS)) else None,
         staging_bytes=size_bytes(env.get("HEADRACE_STAGING_GIB", "0"), GIB, "HEADRACE_STAGING_GIB"),
         recipe_cache=Path(cache) if (cache := env.get("HEADRACE_RECIPE_CACHE")) else None,
-        advertise_host=advertised(bind, env) or "127.0.0.1",
+        advertise_host=advertised(bind, env),
     )

@@ -237,6 +237,19 @@ class HoldingControl(EngineControl, Protocol):
         ...
 
 
+@runtime_checkable
+class LoopControl(EngineControl, Protocol):
+    """An EngineControl whose engine serves in an event loop of this process, which an update must not block."""
+
+    def check_thread(self) -> None:
+        """Do nothing where the calling thread may wait for this engine; asked before an update, in its own thread.
+
+        Raises:
+            ConfigError: The engine's event loop runs in it.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SourceRegion:
     """A piece of a parameter that a source's rank holds: parameter name and Box in its global index space."""

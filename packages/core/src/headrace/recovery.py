@@ -1,17 +1,19 @@
 """Recovery: resumes engines that a dead updater left paused, by hand or as the guardian process.
 
-The guardian learns over stdin, line by line, which engines are paused; when stdin closes while some still are, the
-updater is dead and it recovers each: an engine whose ranks all hold one version resumes, a mixed one stays paused.
+The guardian learns over stdin, line by line, where to listen and which engines are paused; when stdin closes while some
+still are, the updater is dead and it recovers each: an engine whose ranks all hold one version resumes, a mixed one
+stays paused.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import queue
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from functools import partial
 from secrets import token_hex
@@ -63,18 +65,26 @@ def recover(control: EngineControl, host: HostSettings, deadline_s: float = RECO
 def recover_all(
     targets: Sequence[EngineTarget], host: HostSettings, deadline_s: float = RECOVERY_S
 ) -> Iterator[tuple[EngineTarget, str | HeadraceError]]:
-    """Recover engines side by side: none waits for another. Yields what became of each, as it is known."""
+    """Recover engines side by side: none waits for another. Yields what became of each, as it is known.
 
-    def attempt(target: EngineTarget) -> tuple[EngineTarget, str | HeadraceError]:
+    The threads do not keep the process: Ctrl-C need not wait for an engine that does not answer.
+    """
+    found: queue.SimpleQueue[tuple[EngineTarget, str | Exception]] = queue.SimpleQueue()
+
+    def attempt(target: EngineTarget) -> None:
         try:
             with closing(engine_control(target)) as control:
-                return target, recover(control, host, deadline_s)
-        except HeadraceError as error:
-            return target, error
+                found.put((target, recover(control, host, deadline_s)))
+        except Exception as error:  # noqa: BLE001 - carried to the caller's thread
+            found.put((target, error))
 
-    with ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="headrace-recover") as pool:
-        for future in as_completed([pool.submit(attempt, target) for target in targets]):
-            yield future.result()
+    for target in targets:
+        threading.Thread(target=attempt, args=(target,), name="headrace-recover", daemon=True).start()
+    for _ in targets:
+        target, outcome = found.get()
+        if isinstance(outcome, Exception) and not isinstance(outcome, HeadraceError):
+            raise outcome
+        yield target, outcome
 
 
 def _enrol_free(control: EngineControl, board: Switchboard, limit: float) -> list[Peer]:
@@ -126,16 +136,19 @@ def _verdict(peers: Sequence[Peer]) -> int | None:
 def main() -> int:
     """Watch stdin until it closes, then recover what is still paused."""
     logging.basicConfig(level=logging.WARNING, format="headrace guardian: %(message)s")
+    host = host_settings()
     paused: dict[str, EngineTarget] = {}
     for line in sys.stdin:
         message = json.loads(line)
-        if "paused" in message:
+        if "host" in message:
+            host = HostSettings.of_plain(message["host"])
+        elif "paused" in message:
             target = EngineTarget(**message["paused"])
             paused[target.address] = target
         else:
             paused.pop(message["resumed"], None)
     failures = 0
-    for target, outcome in recover_all(list(paused.values()), host_settings()):
+    for target, outcome in recover_all(list(paused.values()), host):
         if isinstance(outcome, HeadraceError):
             failures += 1
             logger.error("%s was not resumed: %s", target.address, outcome)

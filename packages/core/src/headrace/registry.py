@@ -88,13 +88,19 @@ def available(group: Group) -> dict[str, str]:
 def check_transport(name: str) -> None:
     """Refuse a transport of an update that nobody knows, so that it is told before anything is read; imports none.
 
+    Only workers use it, but a name that was mistyped must not be told minutes later, when they are asked.
+
     Raises:
         ConfigError: It is none; lists those that there are.
     """
     group: Group = "headrace.transports"
     names = [*_WITHOUT_TRANSPORT, *sorted({*_installed(group), *KNOWN[group]})]
     if name not in names:
-        raise ConfigError(f"transport is {name!r}; choose one of {', '.join(names)}", name="transport")
+        message = (
+            f"transport is {name!r}; choose one of {', '.join(names)}. One that only the engines have must be "
+            "installed here too, as its name is looked up before they are asked"
+        )
+        raise ConfigError(message, name="transport")
 
 
 def engine_control(target: str | EngineTarget) -> EngineControl:

@@ -8,10 +8,20 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from headrace.adapter.calls import await_within, call_within, running_loop, version_number
+from headrace.adapter.calls import await_within, call_within, check_thread, running_loop, version_number
 from headrace.adapter.versions import Supported
+from headrace.config import Deadlines
 from headrace.errors import BackendUnavailableError, ConfigError, RemoteProtocolError, TransferTimeoutError
+from headrace.protocols import Ticket
+from headrace.server.parameter_server import ParameterServer
+from headrace.testing.local_engine import LocalEngine
+from headrace.testing.recipe_backend import RecipeBackend
+from headrace.testing.shapes import ModelShape, params_of, tp_recipe
+from headrace.types import WorkerId
+
+PARAMS = params_of(ModelShape(layers=1, hidden=16, vocab=70, heads=2, kv_heads=1, head_dim=8, intermediate=24))
 
 
 @pytest.fixture(params=["running", "standing"])
@@ -61,6 +71,42 @@ def test_a_loop_is_not_made_to_wait_for_itself() -> None:
         return await asyncio.to_thread(await_within, "engine", 10, answer(8), loop)
 
     assert asyncio.run(forgetful()) == 8
+
+
+class LoopedEngine(LocalEngine):
+    """Does its calls in an event loop, as engine objects that serve in one do."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__([RecipeBackend(tp_recipe(PARAMS, 1, 0, kv_heads=1), WorkerId(name, 0), 1)])
+        self._loop = loop
+
+    def check_thread(self) -> None:
+        check_thread(self.address, self._loop)
+
+    def enrol(self, ticket: Ticket, deadline_s: float) -> None:
+        async def hand_out() -> None:
+            LocalEngine.enrol(self, ticket, deadline_s)
+
+        await_within(self.address, deadline_s, hand_out(), self._loop)
+
+
+@pytest.mark.usefixtures("socket_dir")
+def test_an_update_of_several_engines_does_not_block_their_loop() -> None:
+    """Calls to several are made in other threads, which see nothing of the loop that waits for them."""
+
+    async def forgetful() -> int:
+        engines = [LoopedEngine(name, asyncio.get_running_loop()) for name in ("a", "b")]
+        tensors = {m.name: torch.zeros(m.shape, dtype=torch.bfloat16) for m in PARAMS}
+        try:
+            with ParameterServer(tensors=tensors) as server:
+                with pytest.raises(ConfigError, match=r"await asyncio\.to_thread\(server\.update, control\)"):
+                    server.update(engines, deadlines=Deadlines(enrol_s=2.0))
+                return (await asyncio.to_thread(server.update, engines)).version
+        finally:
+            for engine in engines:
+                engine.close()
+
+    assert asyncio.run(forgetful()) == 1
 
 
 def test_a_call_answers_fails_or_is_late() -> None:

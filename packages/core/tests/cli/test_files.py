@@ -28,6 +28,7 @@ KEEPER = Invitation("tcp://127.0.0.1:1", "k" * 40, "secret")
         (["update", "--checkpoint", "CHECKPOINT", *TO], "--trace"),
         (["join", *TO, "--from", "127.0.0.1:1", "--token", KEEPER.secret], "--report"),
         (["demo"], "--trace"),
+        (["hold", "--checkpoint", "CHECKPOINT"], "--save-metas"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_first(command: list[str], option: str, tmp_path: Path) -> None:

@@ -70,6 +70,13 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
     assert line.endswith("[ConfigError]")
 
 
+@pytest.mark.parametrize("seconds", ["nan", "-1"])
+def test_a_deadline_that_is_none_is_refused(seconds: str) -> None:
+    result = CliRunner().invoke(app, ["resume", "--to", "torch=http://127.0.0.1:1", "--deadline-s", seconds])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: --deadline-s is {float(seconds)}; give seconds")
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = _run("--debug", "timeline", str(tmp_path / "absent.json"))
     assert result.returncode == 1

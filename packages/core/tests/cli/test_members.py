@@ -30,6 +30,7 @@ HERE = Invitation("tcp://127.0.0.1:7000", "k" * 40, "secret")
         (["--transport", "rdma"], "choose tcp or mooncake"),
         (["--bind", "host:port"], "HOST or HOST:PORT"),
         (["--bind", ":7000"], "HOST or HOST:PORT"),
+        (["--bind", "127.0.0.1:70000"], "HOST or HOST:PORT"),
         (["--bind", "0.0.0.0:5555"], "HEADRACE_ADVERTISE"),
         (["--with", "/nonexistent"], "cannot be read"),
     ],

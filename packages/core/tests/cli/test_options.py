@@ -21,7 +21,7 @@ def test_every_engine_gets_the_same_headers_and_certificates(tmp_path: Path) -> 
         assert "Bearer" not in repr(target)
 
 
-@pytest.mark.parametrize("header", ["Authorization", ": value", "Name:", "@/nowhere/keys"])
+@pytest.mark.parametrize("header", ["Authorization", ": value", "Name:", "@/nowhere/keys", "Name: \xe9"])
 def test_a_header_that_is_none_is_refused_without_its_value(header: str) -> None:
     with pytest.raises(ConfigError, match="--header"):
         engine_targets(["vllm=http://a"], [header], None, None, False)

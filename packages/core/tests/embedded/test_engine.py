@@ -230,7 +230,7 @@ def test_a_start_that_fails_says_why(checkpoints: dict[str, Path], tmp_path: Pat
 def test_settings_and_prompts_are_checked(checkpoints: dict[str, Path], start_engine: StartEngine) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         EngineSettings(model=Path("/nowhere"))
-    for field, value in (("tp", 0), ("device", "tpu"), ("load_format", "lazy")):
+    for field, value in (("tp", 0), ("device", "tpu"), ("load_format", "lazy"), ("port", 99999)):
         with pytest.raises(ConfigError, match=field):
             EngineSettings(model=checkpoints["qwen3"], **{field: value})  # type: ignore[arg-type]
     engine = start_engine(checkpoints["qwen3"])

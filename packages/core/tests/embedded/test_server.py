@@ -25,6 +25,7 @@ from headrace.embedded.server import serve
 from headrace.embedded.settings import EngineSettings
 from headrace.errors import ConfigError, ConnectError, HeadraceError, PeerLostError
 from headrace.protocols import EngineControl, Ticket
+from headrace.testing.leaks import children
 
 _SERVE = """
 import sys, json
@@ -252,6 +253,24 @@ def test_no_process_outlives_the_front(checkpoints: dict[str, Path], number: sig
                 assert "stopped" in last["error"]["message"]
         assert process.wait(10) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
         wait_gone(pids)
+
+
+def test_ctrl_c_while_the_workers_load_ends_them_at_once(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """And without a word of theirs: a terminal sends it to the whole process group, and the front decides."""
+    command = [sys.executable, "-m", "headrace", "engine", "--model", str(checkpoints["qwen3"]), "--port", "0"]
+    with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stderr=log, start_new_session=True) as front:
+        end = time.monotonic() + 60
+        while not (pids := children(front.pid)):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        time.sleep(0.3)
+        os.killpg(front.pid, signal.SIGINT)
+        begin = time.monotonic()
+        assert front.wait(30) == 0
+        assert time.monotonic() - begin < 5.0, "not as long as it waits for workers that serve"
+        wait_gone(pids)
+        log.seek(0)
+        assert log.read() == ""
 
 
 def test_a_start_that_fails_ends_the_server(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

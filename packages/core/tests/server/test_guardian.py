@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from headrace.config import EngineTarget
+from headrace.config import EngineTarget, HostSettings, host_settings
 from headrace.server.guardian import Guardian
 
 TARGETS = [EngineTarget(f"torch=http://127.0.0.1:{port}") for port in (1, 2)]
@@ -16,7 +17,7 @@ TARGETS = [EngineTarget(f"torch=http://127.0.0.1:{port}") for port in (1, 2)]
 
 @pytest.fixture
 def guardian() -> Iterator[Guardian]:
-    guardian = Guardian()
+    guardian = Guardian(host_settings())
     guardian.start()
     yield guardian
     for target in TARGETS:
@@ -52,7 +53,7 @@ def test_a_guardian_that_died_in_the_pause_does_not_fail_the_update(guardian: Gu
 
 def test_a_guardian_that_recovers_is_waited_for_and_not_killed() -> None:
     """Its engine takes longer to answer than a guardian without work may take to end."""
-    guardian = Guardian()
+    guardian = Guardian(host_settings())
     guardian.start()
     process = guardian._process
     assert process is not None
@@ -63,3 +64,12 @@ def test_a_guardian_that_recovers_is_waited_for_and_not_killed() -> None:
         guardian.close()
         dies.join()
     assert process.poll() == 1
+
+
+def test_a_guardian_listens_where_its_updater_did(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """That address is nobody's here, and the guardian says so."""
+    guardian = Guardian(HostSettings(socket_dir=tmp_path, permitted_uids=frozenset(), bind_host="203.0.113.7"))
+    guardian.start()
+    guardian.paused(TARGETS[0])
+    guardian.close()
+    assert "203.0.113.7" in capfd.readouterr().err

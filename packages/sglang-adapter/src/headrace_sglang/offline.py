@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from headrace.adapter.calls import await_within
+from headrace.adapter.calls import await_within, check_thread
 from headrace.errors import ConfigError
 from headrace_sglang.door import about, hand_out, pause
 from headrace_sglang.pausing import pause_within
@@ -41,6 +41,10 @@ class EngineObjectControl:
     def __init__(self, manager: Any, loop: asyncio.AbstractEventLoop) -> None:  # noqa: ANN401
         self._manager = manager
         self._loop = loop
+
+    def check_thread(self) -> None:
+        """Refuse the thread of the engine's event loop."""
+        check_thread(self.address, self._loop)
 
     @property
     def address(self) -> str:

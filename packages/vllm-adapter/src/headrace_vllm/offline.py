@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from headrace.adapter.calls import await_within, call_within, running_loop, version_number
+from headrace.adapter.calls import await_within, call_within, check_thread, running_loop, version_number
 from headrace.errors import ConfigError
 from headrace_vllm.calls import HOLD, OBSTACLE, obstacle_of
 
@@ -155,6 +155,10 @@ class AsyncLlmControl(_Attached):
         super().__init__(config, method)
         self._engine = engine
         self._loop = loop
+
+    def check_thread(self) -> None:
+        """Refuse the thread of the engine's event loop."""
+        check_thread(self.address, self._loop)
 
     def enrol(self, ticket: Ticket, deadline_s: float) -> None:
         """Hand the ticket to every worker."""

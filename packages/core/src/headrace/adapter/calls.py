@@ -51,13 +51,11 @@ def await_within(
         TransferTimeoutError: It did not end within the deadline, and was cancelled.
         HeadraceError: What it raised; errors of the engine, its own timeouts too, become `RemoteProtocolError`.
     """
-    if _runs_here(loop):
+    try:
+        check_thread(address, loop)
+    except ConfigError:
         call.close()
-        message = (
-            f"{address} serves in the event loop that this call would block; call from another thread: "
-            "await asyncio.to_thread(server.update, control)"
-        )
-        raise ConfigError(message, name="loop")
+        raise
     try:
         if loop.is_running():
             return _awaited_elsewhere(address, deadline_s, call, loop)
@@ -89,6 +87,20 @@ async def _awaited_here(address: str, deadline_s: float, call: Coroutine[Any, An
         if limit.expired():
             raise _late(address, deadline_s) from error
         raise
+
+
+def check_thread(address: str, loop: asyncio.AbstractEventLoop) -> None:
+    """Do nothing where this thread can wait for what runs in the engine's event loop.
+
+    Raises:
+        ConfigError: It is the loop's own, which would wait for itself.
+    """
+    if _runs_here(loop):
+        message = (
+            f"{address} serves in the event loop that this call would block; call from another thread: "
+            "await asyncio.to_thread(server.update, control)"
+        )
+        raise ConfigError(message, name="loop")
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli.console import format_bytes, print_json, stdout
+from headrace.cli.files import check_writable
 from headrace.cli.members import FromOptions, with_cpus, with_nics
-from headrace.cli.options import (
-    Checkpoint,
-)
+from headrace.cli.options import Checkpoint
 from headrace.config import advertised, host_settings
 from headrace.errors import ConfigError
 
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from headrace.server.keeping import Keeper
     from headrace.server.parameter_server import ParameterServer
 
+_CHECK_EVERY_S = 1.0
+_MAX_PORT = 65535
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -69,6 +70,7 @@ def hold(
     if launch is not None and launch.rank > 0:
         hold_as_rank(launch, checkpoint, replace(host, bind_port=0))
         return
+    check_writable(save_metas, "--save-metas")
     partners = [Invitation.load(path) for path in partner or ()]
     source = None if launch else CheckpointSource(checkpoint)
     spec = SourceSpec(source=source) if source else SourceSpec(checkpoint=str(checkpoint.resolve()))
@@ -79,7 +81,7 @@ def hold(
             kept = keep(spec, host, crew=launch, version=version, partners=partners, progress=progress)
             keeper = stack.enter_context(kept)
         announce(keeper, str(checkpoint), save_metas, as_json=as_json)
-        wait_for_stop()
+        keep_until_stop(keeper)
 
 
 def stay(server: ParameterServer, what: str, partners: Sequence[Invitation], *, as_json: bool) -> None:
@@ -89,7 +91,7 @@ def stay(server: ParameterServer, what: str, partners: Sequence[Invitation], *, 
     with Keeper(server.holders, host_settings(), partners) as own:
         own.offer(server.holders.published)
         announce(own, what, None, as_json=as_json)
-        wait_for_stop()
+        keep_until_stop(own)
 
 
 def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: bool) -> HostSettings:
@@ -104,9 +106,9 @@ def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: b
         raise ConfigError(f"--transport is {transport!r}; choose tcp or mooncake", name="--transport")
     if bind is not None:
         address, _, port = bind.rpartition(":") if bind.count(":") == 1 else (bind, "", "0")
-        if not address or not port.isdigit():
+        if not address or not port.isdigit() or int(port) > _MAX_PORT:
             raise ConfigError(f"--bind is {bind!r}; write HOST or HOST:PORT", name="--bind")
-        host = replace(host, bind_host=address, bind_port=int(port), advertise_host=advertised(address) or "")
+        host = replace(host, bind_host=address, bind_port=int(port), advertise_host=advertised(address))
     if advertise is not None:
         host = replace(host, advertise_host=advertise)
     if transport == "mooncake":
@@ -117,9 +119,7 @@ def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: b
                 "read the weights. Fence its ports, then give --allow-unauthenticated-data-plane; or hold with tcp"
             )
             raise ConfigError(message, name="--transport")
-    if not host.advertise_host:
-        message = f"--bind {bind} is every address; name one that others dial with --advertise or HEADRACE_ADVERTISE"
-        raise ConfigError(message, name="--bind")
+    host.require_advertised()
     return host
 
 
@@ -146,14 +146,19 @@ def announce(keeper: Keeper, what: str, save_metas: Path | None, *, as_json: boo
     )
 
 
-def wait_for_stop() -> None:
-    """Return when the user or the system asks this process to end."""
+def keep_until_stop(keeper: Keeper) -> None:
+    """Return when the user or the system asks this process to end.
+
+    Raises:
+        PeerLostError: A holder is lost: this keeper is of no use to anybody any more.
+    """
     stop = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        stop.wait()
+        while not stop.wait(_CHECK_EVERY_S):
+            keeper.check()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -114,4 +114,6 @@ def _header(line: str) -> tuple[str, str]:
     if not colon or not name.strip() or not value.strip():
         message = "a --header has no name and value; write 'NAME: VALUE', e.g. 'Authorization: Bearer KEY'"
         raise ConfigError(message, name="--header")
+    if not line.isascii():
+        raise ConfigError(f"the --header {name.strip()!r} is not plain ASCII", name="--header")
     return name.strip(), value.strip()

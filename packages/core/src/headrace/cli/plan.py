@@ -29,6 +29,7 @@ from headrace.cli.options import (
     unchecked,
 )
 from headrace.cli.render import way_json
+from headrace.cli.serving import serving
 from headrace.cli.simulated_fabric import fabric_json, fabric_table, is_fabric, predictions
 from headrace.config import Deadlines, EngineTarget, UpdateSettings
 from headrace.errors import ConfigError
@@ -125,9 +126,8 @@ def _real(
     checkpoint: Path, to: list[EngineTarget], settings: UpdateSettings, holders: int | None
 ) -> PlanReport:
     from headrace.cli.progress import UpdateProgress
-    from headrace.server.parameter_server import ParameterServer
 
-    with ParameterServer(checkpoint, holders=holders) as server, UpdateProgress() as progress:
+    with serving(checkpoint, holders) as server, UpdateProgress() as progress:
         return server.plan(to, settings, progress=progress)
 
 

@@ -25,9 +25,10 @@ def resume(
     insecure: Insecure = False,
 ) -> None:
     """Resume engines that an updater left paused; one whose ranks hold different weights stays paused."""
-    from headrace.config import host_settings
+    from headrace.config import check_seconds, host_settings
     from headrace.recovery import recover_all
 
+    check_seconds(deadline_s, "--deadline-s")
     errors: list[HeadraceError] = []
     for _, outcome in recover_all(engine_targets(to, header, ca, cert, insecure), host_settings(), deadline_s):
         if isinstance(outcome, HeadraceError):

@@ -38,6 +38,7 @@ from headrace.cli.options import (
     unchecked,
 )
 from headrace.cli.render import print_report, report_json
+from headrace.cli.serving import serving
 from headrace.config import Deadlines, UpdateSettings
 from headrace.telemetry import chrome_trace
 
@@ -81,7 +82,6 @@ def update(
     Under torchrun every rank holds a part, and only rank 0 leads.
     """
     from headrace.cli.progress import UpdateProgress
-    from headrace.server.parameter_server import ParameterServer
     from headrace.server.torchrun import hold_as_rank, launched_by_torchrun
 
     settings = UpdateSettings(
@@ -104,7 +104,7 @@ def update(
         return
     check_writable(report, "--report")
     check_writable(trace, "--trace")
-    with ParameterServer(checkpoint, holders=holders, launch=launch) as server:
+    with serving(checkpoint, holders, launch) as server:
         with UpdateProgress() as progress:
             made = server.update(targets, settings, progress=progress)
         _show(made, trace, report, as_json=as_json)

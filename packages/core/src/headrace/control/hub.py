@@ -54,7 +54,7 @@ class Hub:
         heartbeat_s: Silence after which a peer is lost; longer than any engine holds the GIL.
 
     Raises:
-        ConfigError: `bind_host` cannot be bound.
+        ConfigError: `bind_host` cannot be bound, or is every address and none was named that peers dial.
     """
 
     def __init__(self, host: HostSettings, heartbeat_s: float = 10.0) -> None:
@@ -198,6 +198,7 @@ def _bind(
     context: zmq.Context[zmq.Socket[bytes]], keys: KeyPair, host: HostSettings
 ) -> tuple[zmq.Socket[bytes], str]:
     """Return the bound ROUTER socket and the endpoint to advertise."""
+    told = host.require_advertised()
     socket = context.socket(zmq.ROUTER)
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
@@ -213,7 +214,7 @@ def _bind(
         message = f"cannot listen on {host.bind_host!r}{port}: {error}; set HEADRACE_BIND to a local address"
         raise ConfigError(message, name="HEADRACE_BIND") from error
     port = socket.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
-    return socket, f"tcp://{_bracketed(host.advertise_host)}:{port}"
+    return socket, f"tcp://{_bracketed(told)}:{port}"
 
 
 def _bracketed(host: str) -> str:

@@ -53,6 +53,7 @@ class Fleet:
         self._state = threading.Lock()
         self._loss: HeadraceError | None = None
         self._leaving = False
+        self._is_ready = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -78,7 +79,9 @@ class Fleet:
             HeadraceError: A worker failed; the others are ended.
         """
         with self._command:
-            return self._collect(Ready, self._settings.start_s, "start")[0]
+            found = self._collect(Ready, self._settings.start_s, "start")[0]
+            self._is_ready = True
+            return found
 
     def call(self, command: Command, kind: type[AnyReply], deadline_s: float) -> list[AnyReply]:
         """Send a command to every worker and return their replies by rank. Blocking.
@@ -98,11 +101,14 @@ class Fleet:
             self._command.release()
 
     def stop(self, deadline_s: float = 10.0) -> None:
-        """Tell the workers to leave and end those that have not within the deadline; idempotent."""
+        """Tell the workers to leave and end those that have not within the deadline, or still load; idempotent."""
         end = time.monotonic() + deadline_s
         with self._state:
             self._leaving = True
-        if self._command.acquire(timeout=deadline_s / 2):
+        if not self._is_ready:
+            for process in self._processes:
+                process.kill()
+        elif self._command.acquire(timeout=deadline_s / 2):
             for front in self._fronts:
                 with contextlib.suppress(OSError, ValueError):
                     front.send_bytes(encode(Exit()))
@@ -126,6 +132,7 @@ class Fleet:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=self._environment(),
+                process_group=0,  # Ctrl-C in a terminal goes to the front's group, and the front decides
             )
         front = Connection(ours.detach())
         front.send_bytes(encode(self._startup(rank, rendezvous)))

@@ -87,7 +87,7 @@ def _listen(settings: EngineSettings) -> socket.socket:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
-        message = f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port"
+        message = f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --host or --port"
         raise ConfigError(message, name="port") from error
     # asyncio sees no TCP in a socket made elsewhere, and Nagle would hold every answer's body back for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from functools import singledispatchmethod
 from multiprocessing.connection import Connection
@@ -116,7 +115,6 @@ class Worker:
 
 def main(descriptor: int) -> NoReturn:
     """Serve the front at the other end of a socket pair until it says so or is gone; never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group; the front decides
     front = Connection(descriptor)
     try:
         _serve(front, decode_startup(front.recv_bytes()))

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from headrace.config import EngineTarget
+from headrace.config import EngineTarget, HostSettings
 
 logger = logging.getLogger(__name__)
 RECOVERY_S = 60.0
@@ -22,9 +22,13 @@ class Guardian:
     """The updater's handle of its guardian process; started once, before the first pause, and kept. Thread-safe.
 
     A guardian that has died is replaced when there is something to tell it.
+
+    Args:
+        host: Where the updater listens, and the guardian after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: HostSettings) -> None:
+        self._host = replace(host, bind_port=0)
         self._process: subprocess.Popen[bytes] | None = None
         self._paused: dict[str, EngineTarget] = {}
         self._lock = threading.Lock()
@@ -60,6 +64,7 @@ class Guardian:
             _end(self._process, recovers=False)
         command = [sys.executable, "-P", "-m", "headrace.recovery"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._write({"host": self._host.plain()})
         for target in self._paused.values():
             self._write({"paused": asdict(target)})
 

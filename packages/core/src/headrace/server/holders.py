@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +17,6 @@ from headrace.control.keys import new_token
 from headrace.errors import (
     HeadraceError,
     LocalProtocolError,
-    PeerLostError,
     RemoteProtocolError,
     StepMissedError,
     UpdateFailedError,
@@ -29,7 +25,8 @@ from headrace.holder import Holder, HolderTicket
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SteppedSource, WeightSource
 from headrace.segments.folders import sweep
-from headrace.server.startup import LONGEST_STARTUP_S, STARTUP_S, Startup
+from headrace.server.holder_process import HolderProcess
+from headrace.server.startup import LONGEST_STARTUP_S, STARTUP_S
 from headrace.server.switchboard import Peer, Switchboard, ask_all, tell
 from headrace.store.checkpoint import CheckpointSource
 from headrace.types import I64
@@ -73,6 +70,7 @@ class HolderPool:
     torchrun or of a trainer) its processes are the holders, this one included.
 
     Attributes:
+        spares: Processes that were started before; new holders are taken from them while there are some.
         peers: The live holders' conversations, by index.
         published: What they hold of the version that was published last, by index.
         newest: No version up to this one can be published by them any more; None where they have made none.
@@ -85,10 +83,10 @@ class HolderPool:
         self._crew = crew
         self._switchboard = switchboard
         self._host = host
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._starting: dict[int, Startup] = {}
+        self.spares: list[HolderProcess] = []
+        self._processes: list[HolderProcess] = []
+        self._starting: dict[int, HolderProcess] = {}
         self._threads: list[threading.Thread] = []
-        self._tickets: list[HolderTicket] = []
         self.peers: list[Peer] = []
         self.newest: int | None = None
         self.published: list[Manifest] = []
@@ -129,8 +127,8 @@ class HolderPool:
         return sorted(found, key=lambda peer: peer.key)
 
     def _check_starting(self) -> None:
-        for startup in self._starting.values():
-            startup.check()
+        for process in self._starting.values():
+            process.check()
 
     @property
     def addresses(self) -> tuple[HolderAddress, ...]:
@@ -232,6 +230,15 @@ class HolderPool:
         if self.newest == version:
             self.newest = version - 1
 
+    def check(self) -> None:
+        """Do nothing while all holders are there.
+
+        Raises:
+            PeerLostError: One is lost, and with it what it held.
+        """
+        for peer in self.peers:
+            peer.check("keeping what it holds")
+
     def settle(self, deadline_s: float) -> None:
         """Wait until no holder works for a failed update any more; end them all if one does not come to rest."""
         nonce = new_token()
@@ -246,7 +253,7 @@ class HolderPool:
         tell(self.peers, wire.Shutdown())
         limit = time.monotonic() + PROCESS_END_S
         for process in self._processes:
-            self._end(process, limit)
+            process.end(0.0 if process in self._starting.values() else limit)
         for thread in self._threads:
             thread.join(THREAD_END_S)
             if thread.is_alive():
@@ -276,30 +283,18 @@ class HolderPool:
             "checkpoint": self._spec.checkpoint,
             "parts": count,
             "part": ticket.index,
+            "host": self._host.plain(),
             "log_level": logging.getLevelName(logger.getEffectiveLevel()),
         }
-        process = subprocess.Popen([sys.executable, "-P", "-m", "headrace.holder"], stdin=subprocess.PIPE)
+        process = self.spares.pop() if self.spares else HolderProcess()
         self._processes.append(process)
-        self._starting[ticket.index] = Startup(process, f"the process of holder {ticket.index}")
-        if process.stdin is None:
-            raise PeerLostError("a holder process was started without a pipe")
-        process.stdin.write(json.dumps(spec).encode() + b"\n")
-        process.stdin.flush()
+        self._starting[ticket.index] = process
+        process.hold(spec, f"the process of holder {ticket.index}")
 
     def _start_here(self, holder: Holder) -> None:
         thread = threading.Thread(target=_contained, args=(holder,), name="headrace-holder-0", daemon=True)
         self._threads.append(thread)
         thread.start()
-
-    @staticmethod
-    def _end(process: subprocess.Popen[bytes], limit: float) -> None:
-        try:
-            process.wait(max(0.1, limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
 
 
 def _contained(holder: Holder) -> None:

@@ -78,6 +78,14 @@ class Keeper:
             self._watch.start()
         return made
 
+    def check(self) -> None:
+        """Do nothing while what is offered is held.
+
+        Raises:
+            PeerLostError: A holder is lost; nobody can join from what is left.
+        """
+        self._pool.check()
+
     def close(self) -> None:
         """Leave partners and members; idempotent."""
         self._closing.set()

@@ -15,7 +15,7 @@ from headrace.config import EngineTarget, HostSettings, UpdateSettings, host_set
 from headrace.control.hub import Hub
 from headrace.errors import ConfigError, HeadraceError, LocalProtocolError
 from headrace.planner import Planner, casts
-from headrace.protocols import EngineControl, WeightSource
+from headrace.protocols import EngineControl, LoopControl, WeightSource
 from headrace.registry import check_transport, engine_control
 from headrace.report import EngineReport, UpdateReport, WorkerReport
 from headrace.server.broadcast import RingHost
@@ -75,9 +75,9 @@ class ParameterServer:
             board,
             HolderPool(spec, board, self._host, launch),
             Planner(),
-            Guardian(),
+            Guardian(self._host),
             {},
-            RingHost(self._host.bind_host, self._host.advertise_host),
+            RingHost(self._host.bind_host, self._host.require_advertised()),
         )
         self._busy = threading.Lock()
 
@@ -163,7 +163,7 @@ class ParameterServer:
 
         Raises:
             LocalProtocolError: This parameter server is at work.
-            ConfigError: There is no target.
+            ConfigError: There is no target, or this thread is one's event loop.
         """
         targets = [to] if isinstance(to, Target) else list(to)
         if not targets:
@@ -178,6 +178,8 @@ class ParameterServer:
                     controls.append((engine_control(named), named))
                 else:
                     controls.append((named, None))
+                    if isinstance(named, LoopControl):
+                        named.check_thread()
             yield controls
         finally:
             for control, own in controls:

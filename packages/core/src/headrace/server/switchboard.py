@@ -72,6 +72,15 @@ class Peer:
         """Whether the connection is gone."""
         return self._lost is not None
 
+    def check(self, phase: str) -> None:
+        """Do nothing while the peer is there.
+
+        Raises:
+            PeerLostError: It is lost; says in which phase.
+        """
+        if self.lost:
+            raise self._gone(phase)
+
     def deliver(self, message: wire.AnyMessage | Lost) -> None:
         """Put what the hub received into the mailbox; from the pump's thread."""
         if isinstance(message, Lost):
@@ -161,8 +170,7 @@ class Peer:
             if self._lost is not None and self._inbox.empty():
                 return self._lost
             for other in watch:
-                if other.lost:
-                    raise other._gone("its work for this update")
+                other.check("its work for this update")
             if alive is not None and self._inbox.empty():
                 alive()
             left = limit - time.monotonic()

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING
 
 from headrace.config import HostSettings, host_settings
 from headrace.errors import ConfigError, ConnectError
-from headrace.holder import Holder, HolderTicket
-from headrace.store.checkpoint import CheckpointSource
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from headrace.holder import HolderTicket
 
 TICKET_WAIT_S = 900.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,6 +37,8 @@ class Launch:
         Raises:
             ConnectError: It cannot be reached.
         """
+        from torch.distributed import TCPStore  # type: ignore[attr-defined] # noqa: PLC0415 - few are torchrun's
+
         try:
             return TCPStore(
                 self.master_address,
@@ -77,6 +81,9 @@ def hold_as_rank(launch: Launch, checkpoint: Path, host: HostSettings | None = N
     Raises:
         ConnectError: Rank 0 gave no ticket.
     """
+    from headrace.holder import Holder, HolderTicket  # noqa: PLC0415 - torch, as above
+    from headrace.store.checkpoint import CheckpointSource  # noqa: PLC0415
+
     try:
         ticket = HolderTicket(**json.loads(launch.store().get(f"headrace/ticket/{launch.rank}")))
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from headrace.config import EngineTarget, UpdateSettings
 from headrace.control.keys import new_token
 from headrace.errors import (
     CapacityError,
+    ConfigError,
     HeadraceError,
     LocalProtocolError,
     ManifestMismatchError,
@@ -200,6 +201,14 @@ class Update:
             return
         for peer in peers:
             peer.send(wire.Abort(reason=f"another update ({busy.busy_with}) is running"))
+        if busy.busy_with == self.id:
+            same = [
+                instance.control.address
+                for instance in self.instances
+                if any(peer.receiver.worker == busy.worker for peer in instance.peers)
+            ]
+            text = f"{' and '.join(same)} are one engine, as worker {busy.worker} is in both; name each engine once"
+            raise ConfigError(text, phase="enrol", name="to")
         text = f"worker {busy.worker} is taken by update {busy.busy_with}; wait for its end and try again"
         raise LocalProtocolError(text, phase="enrol", retryable=True)
 

@@ -230,7 +230,7 @@ class _Staging:
         self._slot_bytes = slot_bytes
         self._segment = HostSegment(NUM_SLOTS * slot_bytes, "headrace-p2p", peers_write=True)
         settings = {
-            "host": host.advertise_host,
+            "host": host.require_advertised(),
             "nics": list(host.mooncake_nics),
             "fd": self._segment.fd,
             "num_bytes": NUM_SLOTS * slot_bytes,

@@ -43,7 +43,7 @@ class Gate:
     """
 
     def __init__(self, host: HostSettings) -> None:
-        settings = {"host": host.advertise_host, "nics": list(host.mooncake_nics)}
+        settings = {"host": host.require_advertised(), "nics": list(host.mooncake_nics)}
         self._helper = HelperProcess(__name__, settings, cpus=host.mooncake_cpus)
         self.endpoint = str(self._helper.ready["session"])
 

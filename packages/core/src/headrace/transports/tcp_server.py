@@ -62,7 +62,7 @@ class TcpServer:
         host: Where to bind and what to advertise.
 
     Raises:
-        ConfigError: The secret is too short, or `bind_host` cannot be bound.
+        ConfigError: The secret is too short, `bind_host` cannot be bound, or nobody named the address that peers dial.
     """
 
     def __init__(self, lookup: SegmentLookup, secret: bytes, host: HostSettings) -> None:
@@ -74,9 +74,10 @@ class TcpServer:
         self._lines: dict[Line, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        told = host.require_advertised()
         self._listener = listen(host.bind_host)
         port = self._listener.getsockname()[1]
-        shown = f"[{host.advertise_host}]" if ":" in host.advertise_host else host.advertise_host
+        shown = f"[{told}]" if ":" in told else told
         self.endpoint = f"{shown}:{port}"
         self._thread = threading.Thread(target=self._accept, name="headrace-tcp", daemon=True)
         self._thread.start()

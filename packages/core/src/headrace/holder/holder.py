@@ -1,4 +1,4 @@
-"""The holder role: a source's weights in this host's memory, lent to receivers, served over TCP, broadcast in rings.
+"""Holder: what a coordinator tells a holder, and who does it.
 
 A Holder lives in a thread of the process that owns the source (a trainer, `ParameterServer(tensors=...)`) or in a
 process of its own (`python -m headrace.holder`, one part of a checkpoint each).
@@ -6,55 +6,42 @@ process of its own (`python -m headrace.holder`, one part of a checkpoint each).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_bytes
 
 import torch
 
 from headrace import wire
-from headrace.config import HostSettings, host_settings
+from headrace.config import HostSettings
 from headrace.control.dialer import Dialer
 from headrace.digests import digest
 from headrace.errors import (
-    BackendUnavailableError,
-    ConfigError,
-    HeadraceError,
     LocalProtocolError,
     PeerLostError,
     RemoteFailure,
     TransportClosedError,
 )
+from headrace.holder.broadcasting import Broadcasting
 from headrace.manifest import HolderAddress
-from headrace.pipeline import RingPipeline
 from headrace.protocols import SteppedSource, WeightSource
-from headrace.rings import Cast, DeviceRing, HostRing, Pins, Ring
-from headrace.segments.cuda import gpu_of
 from headrace.segments.host import HostSegment
 from headrace.segments.lending import Lender
-from headrace.store.checkpoint import CheckpointSource
 from headrace.store.device import DeviceSource, LentStore
 from headrace.store.live import LiveStore
 from headrace.store.store import Store
-from headrace.store.tensors import TensorSource
 from headrace.telemetry import Recorder
-from headrace.transports.collective import Alone, BroadcastGroup, GlooGroup, NcclGroup, require_nccl
 from headrace.transports.mooncake_gate import Gate, Shown
 from headrace.transports.tcp_server import TcpServer
 
 logger = logging.getLogger(__name__)
 _PROGRESS_EVERY_S = 0.1
 SETTLE_S = 5.0
-GIVE_UP_S = 60.0
-JOIN_S = 50.0
 CLOSE_S = 50.0
 Work = Callable[..., wire.Message | None]
 
@@ -101,10 +88,7 @@ class Holder:
         self._tcp = TcpServer(self._served.get, self._secret, host)
         self._dialer = Dialer(ticket.endpoint, ticket.server_key)
         self._token = ticket.token
-        self._group: BroadcastGroup | None = None
-        self._ring: Ring | None = None
-        self._pins = Pins()
-        self._cancel = threading.Event()
+        self._broadcasting = Broadcasting(self._lender, self._recorder)
         self._stop_reading = threading.Event()
         self._jobs: list[Future[None]] = []
         self._work = ThreadPoolExecutor(1, thread_name_prefix="headrace-holder")
@@ -142,7 +126,7 @@ class Holder:
         self._break_all_off()
         for pool in (self._work, self._broadcasts):
             pool.shutdown(wait=False, cancel_futures=True)
-        self._leave_group()
+        self._broadcasting.leave()
         # A call that was cancelled before it began never counts as done.
         hung = wait([job for job in self._jobs if not job.cancelled()], CLOSE_S).not_done
         self._dialer.close(linger_s=1.0)
@@ -158,16 +142,14 @@ class Holder:
 
     def _release(self, hung: Collection[Future[None]]) -> None:
         wait(hung)
-        self._leave_group()
-        self._drop_ring()
-        self._pins.close()
+        self._broadcasting.close()
         self._store.close()
         if self._owns_source:
             self._source.close()
 
     def _take(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.CancelBroadcast):
-            self._cancel.set()
+            self._broadcasting.cancel()
         elif isinstance(message, wire.Pin):
             if isinstance(self._store, Store):
                 self._store.pin(message.version, message.pinned)
@@ -175,8 +157,8 @@ class Holder:
             self._break_all_off()
             self._begin(self._work, "settle", self._settle, message)
         elif isinstance(message, wire.Broadcast):
-            self._cancel.clear()
-            self._begin(self._broadcasts, "broadcast", self._broadcast, message)
+            self._broadcasting.permit()
+            self._begin(self._broadcasts, "broadcast", self._serve, message)
         else:
             if isinstance(message, wire.Publish | wire.Fill):
                 self._stop_reading.clear()
@@ -185,7 +167,7 @@ class Holder:
     def _break_all_off(self) -> None:
         """Have what reads or broadcasts now, or waits for its turn to, fail soon; what is asked for later does not."""
         self._stop_reading.set()
-        self._cancel.set()
+        self._broadcasting.cancel()
 
     def _begin(self, pool: ThreadPoolExecutor, phase: str, work: Work, message: wire.AnyMessage) -> None:
         self._jobs = [job for job in self._jobs if not job.done()]
@@ -207,10 +189,12 @@ class Holder:
                 return self._publish(message)
             case wire.Fill():
                 return self._fill(message)
+            case wire.Broadcast():
+                return self._broadcasting.cast(message, self._store.segments(message.version))
             case wire.SumDigests():
                 return self._sum_digests(message)
             case wire.JoinRing():
-                return self._join_ring(message)
+                return self._broadcasting.join(message)
             case wire.Release():
                 self._store.release(message.version)
                 return None
@@ -223,7 +207,7 @@ class Holder:
 
         What was read when `Settle` came has ended before: it is the same thread's.
         """
-        self._leave_group()
+        self._broadcasting.leave()
         self._broadcasts.submit(int).result(SETTLE_S)
         return wire.Settled(nonce=message.nonce)
 
@@ -279,143 +263,3 @@ class Holder:
         with self._recorder.span("digest"):
             sums = digest(message.table, blocks, num_groups=message.num_groups)
         return wire.Digests(key=message.key, sums=sums)
-
-    def _join_ring(self, message: wire.JoinRing) -> wire.RingReady:
-        try:
-            ring = self._make_ring(message)
-        except (BackendUnavailableError, ConfigError) as error:
-            if not message.device_uuid:
-                raise
-            return wire.RingReady(ring=None, signals=None, refused=str(error))
-        if message.store:
-            self._join_group(message, ring.device)
-        slots, signals = ring.descriptors
-        return wire.RingReady(ring=slots, signals=signals)
-
-    def _join_group(self, message: wire.JoinRing, device: torch.device | None) -> None:
-        store, rank, size = message.store, message.rank, message.world_size
-        if self._group is not None and self._group.place == (store, size, device):
-            return
-        self._leave_group()
-        if device is None:
-            self._group = GlooGroup(store, rank, size, JOIN_S)
-        elif size == 1:
-            self._group = Alone(store, device)
-        else:
-            self._group = NcclGroup(store, rank, size, JOIN_S, device)
-
-    def _leave_group(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            group.close()
-
-    def _make_ring(self, message: wire.JoinRing) -> Ring:
-        """Return a ring for an update: the kept one, where it serves as well."""
-        wanted = (message.device_uuid, message.ring_bytes, message.num_receivers)
-        if self._ring is not None and self._ring.key == wanted:
-            self._ring.words.reset()
-            return self._ring
-        self._drop_ring()
-        if message.device_uuid:
-            gpu_of(message.device_uuid)
-            if message.world_size > 1:
-                require_nccl()
-            self._ring = DeviceRing(*wanted, self._lender, self._pins)
-        else:
-            self._ring = HostRing(message.ring_bytes, message.num_receivers, self._lender)
-        return self._ring
-
-    def _drop_ring(self) -> None:
-        ring, self._ring = self._ring, None
-        if ring is not None:
-            ring.close()
-
-    def _broadcast(self, message: wire.Broadcast) -> wire.BroadcastDone:
-        ring, group = self._ring, self._group
-        if ring is None or group is None:
-            raise LocalProtocolError("a broadcast needs JoinRing first", phase="broadcast")
-        plan = message.plan
-        held = self._store.segments(message.version)
-        cast = Cast(plan, message.member, message.holder_of_member, held, message.deadline_s, self._check_cancel)
-        pipeline: RingPipeline | None = None
-        limit = time.monotonic() + message.deadline_s
-        try:
-            with self._recorder.span("bind"):
-                ring.prepare(cast)
-            num_buckets, sizes = len(plan.bucket_owner), plan.bucket_bytes.tolist()
-            pipeline = RingPipeline(
-                ring.stages(cast, group), num_buckets, plan.ring.depth, self._recorder, sizes
-            )
-            pipeline.start()
-            self._pass_on(pipeline, ring, num_buckets, limit)
-        except BaseException:
-            self._break_off(ring, pipeline)
-            raise
-        pipeline.close()
-        return wire.BroadcastDone(spans=tuple(self._recorder.drain()))
-
-    def _break_off(self, ring: Ring, pipeline: RingPipeline | None) -> None:
-        """Leave nothing of a broken broadcast: receivers that come late must not find words of the next one."""
-        self._cancel.set()
-        ring.words.cancel()
-        self._leave_group()
-        if pipeline is not None:
-            pipeline.close()
-        self._drop_ring()
-
-    def _pass_on(self, pipeline: RingPipeline, ring: Ring, num_buckets: int, limit: float) -> None:
-        for bucket in range(num_buckets):
-            left = limit - time.monotonic()
-            pipeline.wait_ready(bucket, left, self._check_cancel)
-            ring.words.wait_applied(bucket + 1, left, self._check_cancel)
-            pipeline.release(bucket)
-
-    def _check_cancel(self) -> None:
-        if self._cancel.is_set():
-            raise PeerLostError("the coordinator cancelled the broadcast", phase="broadcast")
-
-
-def source_from(spec: dict[str, object]) -> WeightSource:
-    """Build a spawned holder's source: a part of a checkpoint, or nothing (a relay that only broadcasts)."""
-    if spec.get("checkpoint"):
-        return CheckpointSource(
-            str(spec["checkpoint"]), parts=int(str(spec["parts"])), part=int(str(spec["part"]))
-        )
-    return TensorSource({})
-
-
-def _give_up(ticket: HolderTicket, error: HeadraceError) -> None:
-    """Dial in only to say why this holder cannot be, and wait until that is heard."""
-    with Dialer(ticket.endpoint, ticket.server_key) as dialer:
-        dialer.send(wire.HolderHello(token=ticket.token, index=ticket.index, pid=os.getpid()))
-        dialer.send(wire.Failed(failure=RemoteFailure.of(error, phase="read")))
-        with suppress(HeadraceError):
-            dialer.receive(GIVE_UP_S)
-
-
-def _leave_with_parent(holder: Holder) -> None:
-    """End this process when stdin closes: the parent holds the other end for its whole life."""
-    sys.stdin.read()
-    holder.withdraw()
-    os._exit(0)
-
-
-def main() -> None:
-    """Run a holder whose ticket and source come as one JSON line on stdin."""
-    spec = json.loads(sys.stdin.readline())
-    logging.basicConfig(level=spec.get("log_level", "WARNING"))
-    torch.set_num_threads(1)
-    ticket = HolderTicket(**spec["ticket"])
-    try:
-        holder = Holder(source_from(spec), ticket, host_settings())
-    except HeadraceError as error:
-        _give_up(ticket, error)
-        return
-    threading.Thread(target=_leave_with_parent, args=(holder,), daemon=True).start()
-    holder.run()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
