@@ -394,6 +394,19 @@ def test_a_checkpoint_is_published_bit_for_bit_also_in_pieces(
         source.close()
 
 
+def test_every_version_of_a_checkpoint_is_what_lies_there_then(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(1000)}, path)
+    source = CheckpointSource(tmp_path)
+    with Store(source, "holder") as store:
+        for version in range(1, 4):
+            save_file({"w": torch.full((1000,), float(version))}, tmp_path / "next")
+            (tmp_path / "next").replace(path)
+            store.publish(version)
+            assert (store.tensors(version)[0].view(torch.float32)[:1000] == version).all()
+    source.close()
+
+
 def published_tensor(source: TensorSource, name: str) -> torch.Tensor:
     with Store(source, "holder") as store:
         store.publish(0)
