@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from secrets import token_bytes
@@ -33,6 +33,7 @@ from headrace.errors import (
     RemoteFailure,
     TransportClosedError,
 )
+from headrace.futures import wait_ended
 from headrace.manifest import HolderAddress
 from headrace.pipeline import RingPipeline
 from headrace.protocols import SteppedSource, WeightSource
@@ -143,8 +144,7 @@ class Holder:
         for pool in (self._work, self._broadcasts):
             pool.shutdown(wait=False, cancel_futures=True)
         self._leave_group()
-        # A call that was cancelled before it began never counts as done.
-        hung = wait([job for job in self._jobs if not job.cancelled()], CLOSE_S).not_done
+        hung = wait_ended(self._jobs, CLOSE_S)
         self._dialer.close(linger_s=1.0)
         self._tcp.close()
         if self._gate is not None:
@@ -157,7 +157,7 @@ class Holder:
             self._release(())
 
     def _release(self, hung: Collection[Future[None]]) -> None:
-        wait(hung)
+        wait_ended(hung)
         self._leave_group()
         self._drop_ring()
         self._pins.close()
