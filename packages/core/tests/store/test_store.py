@@ -31,6 +31,7 @@ from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import SourceRegion, WeightSource
 from headrace.segments import Lender, ahead, borrow
 from headrace.store import CheckpointSource, Store, TensorSource, reading
+from headrace.store import store as store_module
 from headrace.store.layout import ALIGN, Layout
 from headrace.types import DTYPES, ParamMeta, ParamTable, dtype_code
 
@@ -200,6 +201,23 @@ def test_close_gives_all_memory_back() -> None:
         store.publish(2)
     with pytest.raises(LocalProtocolError, match="does not hold version 1"):
         store.segments(1)
+
+
+def test_readers_that_end_late_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host their threads get no core to let go of what they read into."""
+    kept = []
+
+    def reading_of(*args: object) -> reading.Reading:
+        kept.append(reading.Reading(*args))  # type: ignore[arg-type]
+        return kept[-1]
+
+    monkeypatch.setattr(store_module, "Reading", reading_of)
+    source = pattern_source()
+    with Store(source, "holder") as store:
+        publish(store, source, 0)
+        publish(store, source, 1)
+    assert len(kept) == 2
+    assert "memfd:headrace-holder" not in Path("/proc/self/maps").read_text()
 
 
 def test_released_segments_are_used_again() -> None:

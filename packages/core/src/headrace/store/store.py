@@ -230,6 +230,8 @@ class Store:
                 else:
                     chosen.close()
             raise
+        # Readers run on idle cores only: on a busy host they end late, and what they refer to as well.
+        reading.forget()
 
     def _fill_at_once(
         self, source: BulkSource, chosen: _SegmentSet, progress: Progress | None, end: float
