@@ -98,8 +98,7 @@ class Holder:
         else:
             self._store = Store(source, self.name, lender=self._lender)
         self._secret = token_bytes(32)
-        self._served: dict[str, torch.Tensor] = {}
-        self._tcp = TcpServer(self._served.get, self._secret, host)
+        self._tcp = TcpServer(self._held, self._secret, host)
         self._dialer = Dialer(ticket.endpoint, ticket.server_key)
         self._token = ticket.token
         self._group: BroadcastGroup | None = None
@@ -255,7 +254,7 @@ class Holder:
         with self._recorder.span("read"):
             self._store.publish(message.version, self._teller())
         manifest = self._store.manifest(message.version, self.address)
-        self._serve_held()
+        self._show_held()
         layout = manifest.place_key
         return wire.Published(
             layout=layout,
@@ -263,14 +262,15 @@ class Holder:
             spans=tuple(self._recorder.drain()),
         )
 
-    def _serve_held(self) -> None:
-        """Let the data server read the versions that the store holds, and no others."""
-        held = [segment for version in self._store.versions for segment in self._store.segments(version)]
-        wanted = {s.descriptor.segment_id: s.tensor for s in held if s.descriptor.kind == "host"}
-        for gone in self._served.keys() - wanted.keys():
-            del self._served[gone]
-        self._served.update(wanted)
+    def _held(self, segment_id: str) -> torch.Tensor | None:
+        """Return a segment for the data server, as long as its version is held: the next one is read into it then."""
+        segment = self._store.segment(segment_id)
+        return segment.tensor if isinstance(segment, HostSegment) else None
+
+    def _show_held(self) -> None:
+        """Let Mooncake's readers have the versions that the store holds, and no others."""
         if self._gate is not None:
+            held = [segment for version in self._store.versions for segment in self._store.segments(version)]
             shown = [segment for segment in held if isinstance(segment, HostSegment)]
             self._gate.show([Shown(s.descriptor.segment_id, s.descriptor.num_bytes, s.fd) for s in shown])
 

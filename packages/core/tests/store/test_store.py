@@ -231,6 +231,34 @@ def test_released_segments_are_used_again() -> None:
         assert memfds() == 1
 
 
+def test_a_pinned_version_stays_in_memory_of_its_own_until_it_is_let_go() -> None:
+    source = pattern_source()
+    with Store(source, "holder") as store:
+        for version in range(4):
+            publish(store, source, version)
+            store.pin(1, pinned=True)
+        assert store.versions == (1, 2, 3)
+        check_version(store, source, 1)
+        store.pin(1, pinned=False)
+        publish(store, source, 4)
+        assert store.versions == (3, 4)
+        for version in store.versions:
+            check_version(store, source, version)
+        assert memfds() == 2
+
+
+def test_a_segment_is_found_as_long_as_its_version_is_held() -> None:
+    source = pattern_source()
+    with Store(source, "holder") as store:
+        publish(store, source, 0)
+        (segment,) = store.segments(0)
+        name = segment.descriptor.segment_id
+        assert store.segment(name) is segment
+        assert store.segment("another") is None
+        store.release(0)
+        assert store.segment(name) is None
+
+
 def test_a_changed_layout_gets_new_segments_and_gives_old_ones_back() -> None:
     source = pattern_source()
     with Store(source, "holder") as store:

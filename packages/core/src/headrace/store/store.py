@@ -21,7 +21,6 @@ from headrace.protocols import WeightSource
 from headrace.segments import HostSegment, Lender, require_memory
 from headrace.store.layout import SEGMENT_BYTES, Layout
 from headrace.store.reading import Progress, Reading
-from headrace.types import ParamTable
 
 _log = logging.getLogger(__name__)
 _MAX_THREADS = 8
@@ -206,11 +205,13 @@ class Store:
                 if version not in self._pinned:
                     self._free.append(self._held.pop(version)[0])
             fitting = [one for one in self._free if one.layout is layout]
-            unfit = [one for one in self._free if one.layout is not layout]
-            self._free = fitting[1:]
-        for old in unfit:
+            # Two sets take turns; a third is needed only while a version is pinned.
+            kept = fitting[: 1 if self._held else 2]
+            needless = [one for one in self._free if one not in kept]
+            self._free = kept[1:]
+        for old in needless:
             old.close()
-        return fitting[0] if fitting else _SegmentSet(layout, self._name, self._lender)
+        return kept[0] if kept else _SegmentSet(layout, self._name, self._lender)
 
     def _fill(self, chosen: _SegmentSet, progress: Progress | None, end: float) -> None:
         if isinstance(self._source, BulkSource):
@@ -274,13 +275,15 @@ class Store:
         """Return the segments of a held version, in the manifest's order; the store's to close."""
         return tuple(self._find(version)[0].segments)
 
+    def segment(self, segment_id: str) -> HostSegment | None:
+        """Return the segment of this id, or None where no version that is held lies in it."""
+        with self._lock:
+            held = [segment for one, _ in self._held.values() for segment in one.segments]
+        return next((one for one in held if one.descriptor.segment_id == segment_id), None)
+
     def tensors(self, version: int) -> list[torch.Tensor]:
         """Return the bytes of each segment of a held version: blocks for digests and transports."""
         return self._find(version)[0].blocks
-
-    def metadata(self) -> ParamTable:
-        """Return the source's parameters."""
-        return self._source.metadata()
 
     def _find(self, version: int) -> tuple[_SegmentSet, PublishedVersion]:
         with self._lock:
