@@ -27,9 +27,9 @@ from headrace.errors import (
     TransferTimeoutError,
 )
 from headrace.geometry import Box
-from headrace.manifest import HolderAddress, Manifest
+from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.protocols import SourceRegion, WeightSource
-from headrace.segments import Lender, ahead, borrow
+from headrace.segments import HostSegment, Lender, ahead, borrow
 from headrace.store import CheckpointSource, Store, TensorSource, reading
 from headrace.store import store as store_module
 from headrace.store.layout import ALIGN, Layout
@@ -421,6 +421,30 @@ def test_the_lender_follows_the_store(tmp_path: Path) -> None:
         store.close()
         with pytest.raises(ConnectError):
             borrow(lender.unix_socket, manifest.segments[0], 5.0)
+
+
+def test_a_version_that_cannot_be_lent_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the process may open no more files: the second segment has no descriptor for peers."""
+    source, lent = pattern_source(), []
+    settings = HostSettings(socket_dir=tmp_path / "s", permitted_uids=frozenset({os.getuid()}))
+    with Lender(settings) as lender:
+        whole = lender.lend
+
+        def lend(segment: HostSegment) -> SegmentDescriptor:
+            if lent:
+                raise OSError(24, "Too many open files")
+            lent.append(segment)
+            return whole(segment)
+
+        with Store(source, "holder", lender=lender, segment_bytes=256) as store:
+            monkeypatch.setattr(lender, "lend", lend)
+            with pytest.raises(OSError, match="Too many"):
+                publish(store, source, 0)
+            lent.clear()
+            assert memfds() == 0
+            monkeypatch.undo()
+            publish(store, source, 1)
+            check_version(store, source, 1)
 
 
 def test_a_checkpoint_is_published_bit_for_bit_also_in_pieces(

@@ -18,7 +18,7 @@ from headrace.errors import LocalProtocolError
 from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.protocols import WeightSource
-from headrace.segments import HostSegment, Lender, require_memory
+from headrace.segments import HostSegment, Lender, host_segments, require_memory
 from headrace.store.layout import SEGMENT_BYTES, Layout
 from headrace.store.reading import Progress, Reading
 
@@ -65,18 +65,11 @@ class _SegmentSet:
     """Segments of one layout; holds one version at a time."""
 
     def __init__(self, layout: Layout, holder: str, lender: Lender | None) -> None:
-        what = f"headrace-{holder}"
         require_memory(sum(layout.segment_bytes), f"a version in holder {holder}")
         self.layout = layout
         self._lender = lender
         self._is_lent = False
-        self.segments: list[HostSegment] = []
-        try:
-            for size in layout.segment_bytes:
-                self.segments.append(HostSegment(size, what, sealed=False))
-        except BaseException:
-            self.close()
-            raise
+        self.segments = host_segments(layout.segment_bytes, f"headrace-{holder}", sealed=False)
         self.regions = layout.region_table()
 
     @property
@@ -99,7 +92,7 @@ class _SegmentSet:
 
     def close(self) -> None:
         for segment in self.segments:
-            if self._is_lent and self._lender is not None:
+            if self._lender is not None:
                 self._lender.withdraw(segment.descriptor.segment_id)
             segment.close()
 
@@ -252,7 +245,11 @@ class Store:
         holder = HolderAddress(self._name)
         manifest = Manifest(holder, version, layout.params, chosen.descriptors, chosen.regions)
         published = PublishedVersion(version, manifest, layout.num_bytes, seconds)
-        chosen.lend()
+        try:
+            chosen.lend()
+        except BaseException:
+            chosen.close()
+            raise
         with self._lock:
             if not self._closed:
                 self._held[version] = (chosen, published)
