@@ -247,12 +247,13 @@ class Holder:
         if not isinstance(self._store, LiveStore):
             raise LocalProtocolError(f"{self.name} holds no trainer's steps", phase="read")
         with self._recorder.span("read"):
-            self._store.fill(message.version, message.step, message.rows.tolist(), self._teller())
+            rows, limit_s = message.rows.tolist(), message.deadline_s
+            self._store.fill(message.version, message.step, rows, self._teller(), limit_s)
         return wire.Filled(spans=tuple(self._recorder.drain()))
 
     def _publish(self, message: wire.Publish) -> wire.Published:
         with self._recorder.span("read"):
-            self._store.publish(message.version, self._teller())
+            self._store.publish(message.version, self._teller(), message.deadline_s)
         manifest = self._store.manifest(message.version, self.address)
         self._show_held()
         layout = manifest.place_key

@@ -16,7 +16,7 @@ from headrace.control.hub import Hub
 from headrace.errors import ConnectError, UpdateFailedError
 from headrace.protocols import SourceRegion
 from headrace.server.holders import HolderPool, SourceSpec
-from headrace.server.switchboard import Switchboard
+from headrace.server.switchboard import Switchboard, gather
 from headrace.store.tensors import TensorSource
 from headrace.transports.tcp import TcpTransport
 
@@ -49,7 +49,7 @@ def pool(source: SlowSource) -> Iterator[HolderPool]:
     made = HolderPool(SourceSpec(source=source), board, host)
     try:
         made.ensure(1)
-        made.peers[0].send(wire.Publish(version=1))
+        made.peers[0].send(wire.Publish(version=1, deadline_s=60.0))
         assert source.began.wait(10)
         yield made
     finally:
@@ -93,3 +93,13 @@ def test_a_version_that_is_dropped_is_not_served_any_more(source: SlowSource, po
         transport.retain(())
         with pytest.raises(ConnectError, match="not held"):
             transport.open(old.holder, old.segments[0], 5.0)
+
+
+def test_a_holder_reads_as_long_as_the_update_gives_it(pool: HolderPool) -> None:
+    """Its own limit would end what may take longer, and go on with what nobody waits for any more."""
+    (holder,) = pool.peers
+    pool.settle(10.0)
+    holder.on_progress = lambda _message: None
+    holder.send(wire.Publish(version=2, deadline_s=0.5))
+    with pytest.raises(UpdateFailedError, match="deadline has passed"):
+        gather([holder], wire.Published, 20.0, "read")
