@@ -114,6 +114,19 @@ def test_a_checkpoint_damaged_later_fails_the_update(
     unnoticed(world)
 
 
+def test_every_update_brings_what_the_checkpoint_is_then(world: World, tmp_path: Path) -> None:
+    """A link goes to another checkpoint, then the files that it leads to are written again."""
+    latest = tmp_path / "latest"
+    latest.symlink_to(write_checkpoint(tmp_path / "one", make_tensors(2)))
+    server = world.server(checkpoint=latest)
+    world.update(server, 2)
+    latest.unlink()
+    latest.symlink_to(write_checkpoint(tmp_path / "two", make_tensors(3)))
+    world.update(server, 3)
+    write_checkpoint(tmp_path / "two", make_tensors(4))
+    world.update(server, 4)
+
+
 def test_missing_and_duplicate_names(world: World) -> None:
     tensors = make_tensors(2)
     del tensors[NORM], tensors[QUERY]

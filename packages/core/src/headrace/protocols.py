@@ -272,8 +272,8 @@ class Slot:
 class WeightSource(Protocol):
     """Where weights come from, as one rank sees it: a checkpoint's files, a trainer's shards, named tensors.
 
-    Call order: 1. `metadata`, `regions` (again after `version_ready` if they changed). 2. `read` for planned regions,
-    from several threads at once. 3. `close`.
+    Call order, per version: 1. `metadata`, then `regions`: both may be others than before. 2. `read` for planned
+    regions, from several threads at once. And `close` in the end.
     """
 
     def metadata(self) -> ParamTable:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +13,19 @@ import pytest
 import torch
 
 from headrace.config import HostSettings
+from headrace.errors import CapacityError, ConnectError, PlanError
 from headrace.manifest import HolderAddress, SegmentDescriptor
+from headrace.pipeline import signal_bytes
 from headrace.plan import CopyTable, Ring, TransferPlan
-from headrace.receiver.feeds import tcp_feed
+from headrace.receiver.buckets import Differences
+from headrace.receiver.delivery import RingDelivery
+from headrace.receiver.feeds import broadcast_feed, tcp_feed
+from headrace.segments import HostSegment, Lender
+from headrace.telemetry import Recorder
 from headrace.testing.copies import CopyRow, table_of
 from headrace.testing.leaks import left_over, snapshot
 from headrace.transports import TcpServer, TcpTransport
+from headrace.wire import RingAddress
 
 SIZE, SECRET, DEADLINE_S = 64, bytes(32), 5.0
 HOST = HostSettings(socket_dir=Path("/nonexistent"), permitted_uids=frozenset())
@@ -47,3 +58,55 @@ def test_holders_that_come_one_after_another_leave_nothing_in_the_worker() -> No
     assert list(transport._idle) == [holder]
     assert list(transport._holder_of) == [segment.segment_id]
     transport.close()
+
+
+def test_memory_that_cannot_be_page_locked_is_told_with_the_way_out() -> None:
+    """As here, where there is no GPU to lock it for."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    segment = SegmentDescriptor("s", SIZE)
+    data = {"s": torch.zeros(SIZE, dtype=torch.uint8)}
+    with TcpServer(data.get, SECRET, HOST) as server, closing(TcpTransport()) as way:
+        holder = HolderAddress("h", tcp_endpoint=server.endpoint, tcp_secret=SECRET)
+        with pytest.raises(CapacityError, match="lower budget_bytes"):
+            tcp_feed(plan_of(segment), [holder], way, DEADLINE_S, pinned=True)
+
+
+@pytest.fixture
+def lender(tmp_path: Path) -> Iterator[Lender]:
+    with Lender(HostSettings(socket_dir=tmp_path / "s", permitted_uids=frozenset({os.getuid()}))) as lender:
+        yield lender
+
+
+def is_mapped(name: str) -> bool:
+    return f"memfd:{name}" in Path("/proc/self/maps").read_text()
+
+
+def ring_of(lender: Lender, *, whole: bool) -> RingAddress:
+    """Lend a ring whose own mapping is gone; where it is not whole, without its signals."""
+    made = [HostSegment(SIZE, "feed-ring"), HostSegment(signal_bytes(1), "feed-words", peers_write=True)]
+    for segment in made if whole else made[:1]:
+        lender.lend(segment)
+    for segment in made:
+        segment.close()
+    ring, words = (segment.descriptor for segment in made)
+    return RingAddress(HolderAddress("h", lender.unix_socket), ring, words, 0)
+
+
+def test_a_ring_without_its_signals_is_unmapped_at_once(lender: Lender) -> None:
+    """The error is kept here, and with it whatever its frames refer to."""
+    plan = plan_of(SegmentDescriptor("s", SIZE))
+    with pytest.raises(ConnectError) as error:
+        broadcast_feed(plan, ring_of(lender, whole=False), DEADLINE_S, DEADLINE_S, pinned=False)
+    assert not is_mapped("feed-ring"), error
+
+
+def test_a_delivery_that_cannot_be_made_closes_its_feed(lender: Lender) -> None:
+    outside = table_of([CopyRow(shape=(SIZE + 1,), src_strides=(1,), dst_strides=(1,))])
+    plan = replace(plan_of(SegmentDescriptor("s", SIZE)), apply=outside, apply_starts=np.array([0, 1]))
+    feed, closed = broadcast_feed(plan, ring_of(lender, whole=True), DEADLINE_S, DEADLINE_S, pinned=False), []
+    assert is_mapped("feed-ring")
+    watched = replace(feed, close=lambda: closed.append(feed.close()))
+    with pytest.raises(PlanError):
+        RingDelivery(plan, watched, [torch.zeros(9, dtype=torch.uint8)], Differences(plan, []), Recorder("r"), bool)
+    assert closed == [None]

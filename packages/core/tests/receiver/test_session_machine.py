@@ -257,7 +257,7 @@ class Sessions(RuleBasedStateMachine):
         self.end()
 
     @precondition(lambda self: self.peer is not None)
-    @rule(message=st.sampled_from([wire.Publish(version=3), wire.Shutdown(), wire.Release(version=1)]))
+    @rule(message=st.sampled_from([wire.Publish(version=3, deadline_s=1.0), wire.Shutdown(), wire.Release(version=1)]))
     def foreign_messages_are_refused(self, message: wire.Message) -> None:
         self.say(message, wire.Message)
 

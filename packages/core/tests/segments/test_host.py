@@ -18,7 +18,13 @@ from headrace.errors import (
     TransportError,
 )
 from headrace.manifest import SegmentDescriptor
-from headrace.segments import HostSegment, MappedSegment, available_memory_bytes, require_memory
+from headrace.segments import (
+    HostSegment,
+    MappedSegment,
+    available_memory_bytes,
+    host_segments,
+    require_memory,
+)
 from headrace.segments.host import unsealed
 
 SIZE = 3 * 4096 + 100
@@ -196,6 +202,17 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 
 MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n"}
+
+
+def test_segments_are_made_all_or_none() -> None:
+    two = host_segments([4096, 1], "all-or-none")
+    assert [segment.descriptor.num_bytes for segment in two] == [4096, 1]
+    before = memfds("all-or-none")
+    with pytest.raises(CapacityError):
+        host_segments([4096, 1 << 60], "all-or-none")
+    assert memfds("all-or-none") == before
+    for segment in two:
+        segment.close()
 
 
 def test_cgroup_v2_limits_count_with_reclaimable_cache(tmp_path: Path) -> None:

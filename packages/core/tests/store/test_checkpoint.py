@@ -284,8 +284,54 @@ def test_a_file_cut_off_after_it_was_opened(tmp_path: Path) -> None:
     source = CheckpointSource(path)
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(CheckpointError, match=r"inside tensor 'a'") as error:
-        read(source, "a")
+        source.read(source.regions()[0], memoryview(bytearray(4000)))
     assert error.value.retryable
+    with pytest.raises(CheckpointError, match="is cut off"):
+        source.metadata()
+    save_file({"a": torch.ones(1000)}, path)
+    assert read(source, "a") == raw(torch.ones(1000))
+    source.close()
+
+
+def replace_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    save_file(tensors, path.with_suffix(".new"), metadata)
+    path.with_suffix(".new").replace(path)
+
+
+def write_in_place(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    replace_file(path.with_suffix(".other"), tensors, metadata)
+    path.write_bytes(path.with_suffix(".other").read_bytes())
+
+
+@pytest.mark.parametrize("write", [replace_file, write_in_place])
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_file_written_anew_is_opened_anew_and_never_mixed_with_the_old_one(
+    tmp_path: Path, write: Callable[..., None], read_before: bool
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1000)}, path)
+    source = CheckpointSource(tmp_path)
+    whole = source.regions()[0]
+    if read_before:
+        source.read(whole, memoryview(bytearray(4000)))
+    write(path, {"a": torch.ones(1000)}, {"longer": "header" * 10})
+    with pytest.raises(CheckpointError, match=r"written or replaced while tensor 'a'") as error:
+        source.read(whole, memoryview(bytearray(4000)))
+    assert error.value.retryable
+    assert read(source, "a") == raw(torch.ones(1000))
+    write(path, {"b": torch.ones(3), "a": torch.zeros(2)}, {})
+    assert [meta.name for meta in source.metadata()] == [region.name for region in source.regions()]
+    assert read(source, "b") == raw(torch.ones(3))
+    source.close()
+
+
+def test_another_index_is_followed(shards: Path) -> None:
+    source = CheckpointSource(shards)
+    names = {meta.name for meta in source.metadata()}
+    (shards / "model.safetensors.index.json").unlink()
+    save_file({"new": torch.ones(2)}, shards / "more.safetensors")
+    assert {meta.name for meta in source.metadata()} == {*names, "new"}
+    assert read(source, "new") == raw(torch.ones(2))
     source.close()
 
 

@@ -27,10 +27,11 @@ from headrace.errors import (
     TransferTimeoutError,
 )
 from headrace.geometry import Box
-from headrace.manifest import HolderAddress, Manifest
+from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.protocols import SourceRegion, WeightSource
-from headrace.segments import Lender, ahead, borrow
+from headrace.segments import HostSegment, Lender, ahead, borrow
 from headrace.store import CheckpointSource, Store, TensorSource, reading
+from headrace.store import store as store_module
 from headrace.store.layout import ALIGN, Layout
 from headrace.types import DTYPES, ParamMeta, ParamTable, dtype_code
 
@@ -202,6 +203,23 @@ def test_close_gives_all_memory_back() -> None:
         store.segments(1)
 
 
+def test_readers_that_end_late_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host their threads get no core to let go of what they read into."""
+    kept = []
+
+    def reading_of(*args: object) -> reading.Reading:
+        kept.append(reading.Reading(*args))  # type: ignore[arg-type]
+        return kept[-1]
+
+    monkeypatch.setattr(store_module, "Reading", reading_of)
+    source = pattern_source()
+    with Store(source, "holder") as store:
+        publish(store, source, 0)
+        publish(store, source, 1)
+    assert len(kept) == 2
+    assert "memfd:headrace-holder" not in Path("/proc/self/maps").read_text()
+
+
 def test_released_segments_are_used_again() -> None:
     source = pattern_source()
     with Store(source, "holder") as store:
@@ -211,6 +229,34 @@ def test_released_segments_are_used_again() -> None:
             store.release(version)
         assert store.versions == ()
         assert memfds() == 1
+
+
+def test_a_pinned_version_stays_in_memory_of_its_own_until_it_is_let_go() -> None:
+    source = pattern_source()
+    with Store(source, "holder") as store:
+        for version in range(4):
+            publish(store, source, version)
+            store.pin(1, pinned=True)
+        assert store.versions == (1, 2, 3)
+        check_version(store, source, 1)
+        store.pin(1, pinned=False)
+        publish(store, source, 4)
+        assert store.versions == (3, 4)
+        for version in store.versions:
+            check_version(store, source, version)
+        assert memfds() == 2
+
+
+def test_a_segment_is_found_as_long_as_its_version_is_held() -> None:
+    source = pattern_source()
+    with Store(source, "holder") as store:
+        publish(store, source, 0)
+        (segment,) = store.segments(0)
+        name = segment.descriptor.segment_id
+        assert store.segment(name) is segment
+        assert store.segment("another") is None
+        store.release(0)
+        assert store.segment(name) is None
 
 
 def test_a_changed_layout_gets_new_segments_and_gives_old_ones_back() -> None:
@@ -377,6 +423,30 @@ def test_the_lender_follows_the_store(tmp_path: Path) -> None:
             borrow(lender.unix_socket, manifest.segments[0], 5.0)
 
 
+def test_a_version_that_cannot_be_lent_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the process may open no more files: the second segment has no descriptor for peers."""
+    source, lent = pattern_source(), []
+    settings = HostSettings(socket_dir=tmp_path / "s", permitted_uids=frozenset({os.getuid()}))
+    with Lender(settings) as lender:
+        whole = lender.lend
+
+        def lend(segment: HostSegment) -> SegmentDescriptor:
+            if lent:
+                raise OSError(24, "Too many open files")
+            lent.append(segment)
+            return whole(segment)
+
+        with Store(source, "holder", lender=lender, segment_bytes=256) as store:
+            monkeypatch.setattr(lender, "lend", lend)
+            with pytest.raises(OSError, match="Too many"):
+                publish(store, source, 0)
+            lent.clear()
+            assert memfds() == 0
+            monkeypatch.undo()
+            publish(store, source, 1)
+            check_version(store, source, 1)
+
+
 def test_a_checkpoint_is_published_bit_for_bit_also_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,6 +462,19 @@ def test_a_checkpoint_is_published_bit_for_bit_also_in_pieces(
             for row, region in enumerate(source.regions()):
                 assert bytes_in(manifest, store.tensors(1), row) == tensors[region.name].numpy().tobytes()
         source.close()
+
+
+def test_every_version_of_a_checkpoint_is_what_lies_there_then(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(1000)}, path)
+    source = CheckpointSource(tmp_path)
+    with Store(source, "holder") as store:
+        for version in range(1, 4):
+            save_file({"w": torch.full((1000,), float(version))}, tmp_path / "next")
+            (tmp_path / "next").replace(path)
+            store.publish(version)
+            assert (store.tensors(version)[0].view(torch.float32)[:1000] == version).all()
+    source.close()
 
 
 def published_tensor(source: TensorSource, name: str) -> torch.Tensor:

@@ -35,6 +35,7 @@ from headrace.transports.mooncake_engine import (
     missing,
 )
 from headrace.transports.mooncake_gate import Gate, GateEngine, Shown
+from headrace.transports.mooncake_process import HelperProcess
 from headrace.transports.mooncake_reads import staged_reads
 from headrace.types import DTYPES, dtype_code
 
@@ -103,6 +104,25 @@ class TestMooncakeTransport(TransportTests):
         self.check(transport, mortal, WHOLE, 1 << 20)
         assert transport._staging.helper.pid != first
         assert not any(block.any() for block in blocks), "bytes of a read that was given up have landed"
+
+    def test_a_holder_is_asked_once_for_all_its_segments(
+        self, transport: Any, holder: HolderProcess, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+        call = HelperProcess.call
+
+        def watched(helper: HelperProcess, request: Any, deadline_s: float) -> Any:
+            asked.append(request)
+            return call(helper, request, deadline_s)
+
+        looks = [{"session": holder.address.mooncake}]
+        transport._fresh_staging()
+        monkeypatch.setattr(HelperProcess, "call", watched)
+        open_all(transport, holder)
+        assert asked == looks
+        transport.retain([holder.segments[0].segment_id])
+        open_all(transport, holder)
+        assert asked == 2 * looks, "what a holder showed before the last retain is old"
 
     def test_waiting_for_a_holder_that_hangs_takes_no_core(self, transport: Any, mortal: HolderProcess) -> None:
         open_all(transport, mortal)

@@ -372,6 +372,21 @@ def test_an_idle_connection_is_reused_and_a_dead_one_replaced(
     first.close()
 
 
+def test_any_number_of_clients_take_turns(
+    address: HolderAddress, data: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps an idle connection; the server has room for three."""
+    monkeypatch.setattr(server_module, "_MAX_CONNECTIONS", 3)
+    transports = [TcpTransport() for _ in range(8)]
+    for transport in (*transports, *transports):
+        block = torch.zeros(SIZE, dtype=torch.uint8)
+        transport.open(address, SEGMENT, 5)
+        transport.wait(transport.submit(WHOLE, [SEGMENT], [block]), 10)
+        assert torch.equal(block, data)
+    for transport in transports:
+        transport.close()
+
+
 def test_close_ends_a_wait_in_another_thread(data: torch.Tensor) -> None:
     transport = TcpTransport()
     with TcpServer({"a": data}.get, SECRET, HOST) as server:

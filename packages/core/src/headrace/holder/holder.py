@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from secrets import token_bytes
 
@@ -27,6 +27,7 @@ from headrace.errors import (
     RemoteFailure,
     TransportClosedError,
 )
+from headrace.futures import wait_ended
 from headrace.holder.broadcasting import Broadcasting
 from headrace.manifest import HolderAddress
 from headrace.protocols import SteppedSource, WeightSource
@@ -84,8 +85,7 @@ class Holder:
         else:
             self._store = Store(source, self.name, lender=self._lender)
         self._secret = token_bytes(32)
-        self._served: dict[str, torch.Tensor] = {}
-        self._tcp = TcpServer(self._served.get, self._secret, host)
+        self._tcp = TcpServer(self._held, self._secret, host)
         self._dialer = Dialer(ticket.endpoint, ticket.server_key)
         self._token = ticket.token
         self._broadcasting = Broadcasting(self._lender, self._recorder)
@@ -127,8 +127,7 @@ class Holder:
         for pool in (self._work, self._broadcasts):
             pool.shutdown(wait=False, cancel_futures=True)
         self._broadcasting.leave()
-        # A call that was cancelled before it began never counts as done.
-        hung = wait([job for job in self._jobs if not job.cancelled()], CLOSE_S).not_done
+        hung = wait_ended(self._jobs, CLOSE_S)
         self._dialer.close(linger_s=1.0)
         self._tcp.close()
         if self._gate is not None:
@@ -141,7 +140,7 @@ class Holder:
             self._release(())
 
     def _release(self, hung: Collection[Future[None]]) -> None:
-        wait(hung)
+        wait_ended(hung)
         self._broadcasting.close()
         self._store.close()
         if self._owns_source:
@@ -232,14 +231,15 @@ class Holder:
         if not isinstance(self._store, LiveStore):
             raise LocalProtocolError(f"{self.name} holds no trainer's steps", phase="read")
         with self._recorder.span("read"):
-            self._store.fill(message.version, message.step, message.rows.tolist(), self._teller())
+            rows, limit_s = message.rows.tolist(), message.deadline_s
+            self._store.fill(message.version, message.step, rows, self._teller(), limit_s)
         return wire.Filled(spans=tuple(self._recorder.drain()))
 
     def _publish(self, message: wire.Publish) -> wire.Published:
         with self._recorder.span("read"):
-            self._store.publish(message.version, self._teller())
+            self._store.publish(message.version, self._teller(), message.deadline_s)
         manifest = self._store.manifest(message.version, self.address)
-        self._serve_held()
+        self._show_held()
         layout = manifest.place_key
         return wire.Published(
             layout=layout,
@@ -247,14 +247,15 @@ class Holder:
             spans=tuple(self._recorder.drain()),
         )
 
-    def _serve_held(self) -> None:
-        """Let the data server read the versions that the store holds, and no others."""
-        held = [segment for version in self._store.versions for segment in self._store.segments(version)]
-        wanted = {s.descriptor.segment_id: s.tensor for s in held if s.descriptor.kind == "host"}
-        for gone in self._served.keys() - wanted.keys():
-            del self._served[gone]
-        self._served.update(wanted)
+    def _held(self, segment_id: str) -> torch.Tensor | None:
+        """Return a segment for the data server, as long as its version is held: the next one is read into it then."""
+        segment = self._store.segment(segment_id)
+        return segment.tensor if isinstance(segment, HostSegment) else None
+
+    def _show_held(self) -> None:
+        """Let Mooncake's readers have the versions that the store holds, and no others."""
         if self._gate is not None:
+            held = [segment for version in self._store.versions for segment in self._store.segments(version)]
             shown = [segment for segment in held if isinstance(segment, HostSegment)]
             self._gate.show([Shown(s.descriptor.segment_id, s.descriptor.num_bytes, s.fd) for s in shown])
 

@@ -98,7 +98,7 @@ class RingDelivery:
     """Copies out of a ring of slots that a feed fills: TCP reads, or a broadcast by a holder of this host.
 
     With a slot per bucket everything is fetched while the engine serves. With fewer, the ring is full when the pause
-    begins and goes round inside it.
+    begins and goes round inside it. The feed is the delivery's from now on, also where making this fails.
     """
 
     def __init__(
@@ -117,10 +117,14 @@ class RingDelivery:
         self._recorder = recorder
         depth = plan.ring.depth
         staged = depth >= plan.num_buckets
-        buckets = [
-            bucket_of(plan, plan.apply, rows, [feed.slots[b % depth]], blocks, undisturbed=staged)
-            for b, rows in enumerate(bounds_of(plan))
-        ]
+        try:
+            buckets = [
+                bucket_of(plan, plan.apply, rows, [feed.slots[b % depth]], blocks, undisturbed=staged)
+                for b, rows in enumerate(bounds_of(plan))
+            ]
+        except BaseException:
+            feed.close()
+            raise
         self._buckets = buckets
         # No stage refers to this object: engines may never collect cycles, and slots are large.
         self._pipeline = RingPipeline(

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.errors import TransportClosedError
+from headrace.errors import CapacityError, TransportClosedError
 from headrace.manifest import HolderAddress
 from headrace.pipeline import RingSignals
 from headrace.plan import TransferPlan
 from headrace.protocols import Transport
 from headrace.receiver.blocks import allocate_bytes
+from headrace.receiver.mapped import POPULATE_CHUNK_BYTES
 from headrace.segments.cuda import MappedCudaSegment
 from headrace.segments.host import MappedSegment
 from headrace.segments.lending import borrow
@@ -62,30 +63,39 @@ def tcp_feed(
 
 
 def _slot(num_bytes: int, *, pinned: bool) -> torch.Tensor:
-    if pinned:
+    if not pinned:
+        return allocate_bytes(num_bytes, torch.device("cpu"))
+    try:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    return allocate_bytes(num_bytes, torch.device("cpu"))
-
-
-def open_ring(address: RingAddress, deadline_s: float) -> MappedSegment | MappedCudaSegment:
-    """Map the slots of a broadcasting holder: memory of this worker's GPU, or of its host.
-
-    Raises:
-        ConnectError: They cannot be mapped here.
-    """
-    if address.ring.kind == "cuda":
-        return MappedCudaSegment(address.ring)
-    return borrow(address.holder.unix_socket, address.ring, deadline_s)
+    except RuntimeError as error:
+        message = f"no page-locked memory to stage {num_bytes / 1e6:.1f} MB: {error}; lower budget_bytes"
+        raise CapacityError(message, name="budget_bytes", phase="stage") from error
 
 
 def broadcast_feed(
-    plan: TransferPlan,
-    ring: MappedSegment | MappedCudaSegment,
-    signals: RingSignals,
-    receiver: int,
-    deadline_s: float,
+    plan: TransferPlan, address: RingAddress, deadline_s: float, open_s: float, *, pinned: bool
 ) -> Feed:
-    """Return a feed that waits for the broadcasting holder of this host to fill its slots; it closes `ring`."""
+    """Return a feed out of the slots of a broadcasting holder of this host, which stay mapped until it is closed.
+
+    Args:
+        plan: What lies in which slot.
+        address: The ring of that holder.
+        deadline_s: Limit for each wait for a bucket.
+        open_s: Limit for mapping slots and signals.
+        pinned: Whether a GPU copies out of the slots: in host memory they are page-locked.
+
+    Raises:
+        ConnectError: They cannot be mapped here.
+        CapacityError: A limit on locked memory.
+    """
+    ring = _open_ring(address, open_s)
+    try:
+        signals = RingSignals(borrow(address.holder.unix_socket, address.signals, open_s, writable=True).tensor)
+        if pinned:
+            ring.prepare(POPULATE_CHUNK_BYTES, pin=True)
+    except BaseException:
+        ring.close()
+        raise
     size = plan.ring.slot_bytes
     slots = [ring.tensor[slot * size : (slot + 1) * size] for slot in range(plan.ring.depth)]
     closed = threading.Event()
@@ -98,7 +108,14 @@ def broadcast_feed(
         "arrive",
         slots,
         lambda bucket, _slot: signals.wait_filled(bucket + 1, deadline_s, check_open),
-        lambda count: signals.applied(receiver, count),
+        lambda count: signals.applied(address.slot_index, count),
         closed.set,
         ring.close,
     )
+
+
+def _open_ring(address: RingAddress, deadline_s: float) -> MappedSegment | MappedCudaSegment:
+    """Map the slots of a broadcasting holder: memory of this worker's GPU, or of its host."""
+    if address.ring.kind == "cuda":
+        return MappedCudaSegment(address.ring)
+    return borrow(address.holder.unix_socket, address.ring, deadline_s)

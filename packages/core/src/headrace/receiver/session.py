@@ -21,18 +21,16 @@ from headrace.errors import (
     RemoteFailure,
     TransferTimeoutError,
 )
-from headrace.pipeline import RingSignals
 from headrace.plan import MAPPED_MODES
 from headrace.planner import receiver_digests
 from headrace.protocols import Ticket
 from headrace.receiver.blocks import Destinations, unmet_fills, write_fills
 from headrace.receiver.buckets import Differences
 from headrace.receiver.delivery import Delivery, DirectDelivery, RingDelivery
-from headrace.receiver.feeds import broadcast_feed, open_ring, tcp_feed
+from headrace.receiver.feeds import broadcast_feed, tcp_feed
 from headrace.receiver.hold import Hold
-from headrace.receiver.mapped import POPULATE_CHUNK_BYTES
 from headrace.recipe import FillTable, LoadRecipe
-from headrace.segments.lending import borrow, probe
+from headrace.segments.lending import probe
 
 if TYPE_CHECKING:
     from headrace.receiver.receiver import Receiver
@@ -200,18 +198,11 @@ class Session:
         if plan.ring.mode in MAPPED_MODES:
             memory = self._receiver.memory
             return DirectDelivery(plan, message.holders, memory, blocks, differences, recorder)
+        on_gpu, limit_s = self._device.is_cuda, message.deadline_s
         if message.ring is not None:
-            address = message.ring
-            ring = open_ring(address, PROBE_DEADLINE_S)
-            signals = borrow(address.holder.unix_socket, address.signals, PROBE_DEADLINE_S, writable=True)
-            words = RingSignals(signals.tensor)
-            if self._device.is_cuda:
-                ring.prepare(POPULATE_CHUNK_BYTES, pin=True)
-            feed = broadcast_feed(plan, ring, words, address.slot_index, message.deadline_s)
+            feed = broadcast_feed(plan, message.ring, limit_s, PROBE_DEADLINE_S, pinned=on_gpu)
         else:
-            transport = self._receiver.transport(plan.transport)
-            pinned = self._device.is_cuda
-            feed = tcp_feed(plan, message.holders, transport, message.deadline_s, pinned=pinned)
+            feed = tcp_feed(plan, message.holders, self._receiver.transport(plan.transport), limit_s, pinned=on_gpu)
         return RingDelivery(plan, feed, blocks, differences, recorder, self._check_alive)
 
     def _prepare(self, message: wire.Prepare) -> wire.Message:

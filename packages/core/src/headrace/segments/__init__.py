@@ -1,7 +1,7 @@
 """Memory that one process owns and others open: host memfds, and the socket that lends them."""
 
 from headrace.segments.capacity import available_memory_bytes, require_memory
-from headrace.segments.host import HostSegment, MappedSegment
+from headrace.segments.host import HostSegment, MappedSegment, host_segments
 from headrace.segments.lending import Lender, borrow, probe
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "MappedSegment",
     "available_memory_bytes",
     "borrow",
+    "host_segments",
     "probe",
     "require_memory",
 ]

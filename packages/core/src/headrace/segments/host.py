@@ -8,7 +8,8 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Self
 
 import torch
@@ -144,6 +145,18 @@ class HostSegment:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def host_segments(sizes: Sequence[int], what: str, *, sealed: bool = True) -> list[HostSegment]:
+    """Return a segment of each size, or none at all; see HostSegment.
+
+    Raises:
+        CapacityError: There is no room for one of them.
+    """
+    with ExitStack() as stack:
+        made = [stack.enter_context(HostSegment(size, what, sealed=sealed)) for size in sizes]
+        stack.pop_all()
+    return made
 
 
 def unsealed(block: torch.Tensor) -> HostSegment | None:

@@ -76,7 +76,7 @@ class Descriptions:
     def _ask(
         self, peers: Sequence[Peer], holders: Sequence[HolderAddress], metas: ParamTable | None
     ) -> None:
-        key, known = self._metas().key, tuple(self._recipes)
+        key, known = (metas or self._metas()).key, tuple(self._recipes)
         message = wire.Describe(metas_key=key, metas=metas, holders=tuple(holders), known_recipes=known)
         for peer in peers:
             peer.send(message)

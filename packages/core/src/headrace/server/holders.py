@@ -144,8 +144,9 @@ class HolderPool:
             UpdateFailedError: A holder could not; earlier versions are untouched.
         """
         self._watch_progress(progress)
-        order = wire.Publish(version=version, known_layouts=tuple(self._known))
-        answers = ask_all(self.peers, order, wire.Published, deadlines.read_s, "read")
+        limit_s = deadlines.read_s
+        order = wire.Publish(version=version, deadline_s=limit_s, known_layouts=tuple(self._known))
+        answers = ask_all(self.peers, order, wire.Published, limit_s, "read")
         self.newest = version
         self.published = [self._manifest(answers[peer.key], version) for peer in self.peers]
         return self.published
@@ -197,14 +198,12 @@ class HolderPool:
         self._watch_progress(progress)
         for attempt in range(STEP_ATTEMPTS):
             step = source.offer(attempt)
+
+            def order(peer: Peer, step: int = step) -> wire.Fill:
+                return wire.Fill(version=version, step=step, rows=rows_of[peer.key], deadline_s=deadlines.read_s)
+
             try:
-                ask_all(
-                    self.peers,
-                    lambda peer, step=step: wire.Fill(version=version, step=step, rows=rows_of[peer.key]),  # type: ignore[misc]
-                    wire.Filled,
-                    deadlines.read_s,
-                    "read",
-                )
+                ask_all(self.peers, order, wire.Filled, deadlines.read_s, "read")
             except UpdateFailedError as error:
                 missed = {failure.type_name for failure in error.failures.values()} == {StepMissedError.__name__}
                 if not missed or attempt == STEP_ATTEMPTS - 1:

@@ -42,7 +42,7 @@ class ParameterServer:
     Call order: 1. construct. 2. `update`, as often as wanted. 3. `close` (or `with`).
 
     Args:
-        checkpoint: Folder or file of safetensors; holder processes read it.
+        checkpoint: Folder or file of safetensors; holder processes read it, anew at every update.
         tensors: Full named tensors of this process; read anew at every update.
         source: Any other WeightSource of this process.
         holders: Number of holders; None takes one for `direct`, one per worker for `broadcast`.
@@ -230,7 +230,7 @@ def _open(
     source: WeightSource | None,
 ) -> tuple[WeightSource, SourceSpec]:
     if checkpoint is not None:
-        return CheckpointSource(str(checkpoint)), SourceSpec(checkpoint=str(Path(checkpoint).resolve()))
+        return CheckpointSource(str(checkpoint)), SourceSpec(checkpoint=str(Path(checkpoint).absolute()))
     own = TensorSource(tensors) if tensors is not None else source
     if own is None:
         raise ConfigError("there is no source")

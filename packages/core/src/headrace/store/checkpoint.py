@@ -15,7 +15,7 @@ from pathlib import Path
 from headrace.errors import CheckpointError, ConfigError, LocalProtocolError
 from headrace.geometry import Box
 from headrace.protocols import SourceRegion
-from headrace.store.safetensors_file import SafetensorsFile, TensorEntry, damaged
+from headrace.store.safetensors_file import FileState, SafetensorsFile, TensorEntry, damaged, state_of
 from headrace.types import DTYPES, ParamMeta, ParamTable, dtype_code
 
 _SINGLE = "model.safetensors"
@@ -54,7 +54,8 @@ class CheckpointSummary:
 class CheckpointSource:
     """Reads a checkpoint; each of `parts` readers takes a contiguous share of about equal bytes.
 
-    Headers are read and checked on construction, tensor bytes only by `read`. All parts see equal metadata.
+    Headers are read and checked on construction, and again by `metadata` where files were written anew; tensor bytes
+    only by `read`, which belongs to the metadata before it. All parts see equal metadata.
 
     Args:
         path: A `.safetensors` file, or a folder with `model.safetensors`, `model.safetensors.index.json`
@@ -75,18 +76,31 @@ class CheckpointSource:
         if parts < 1 or not 0 <= part < parts:
             raise ConfigError(f"part {part} of {parts} does not exist; parts count from 0", name="part")
         self._path = Path(path)
-        self._files, self._ignored = _open_all(self._path)
-        self._where = {entry.name: (file, entry) for file in self._files for entry in file.entries}
-        entries = [entry for file in self._files for entry in file.entries]
-        self._params = ParamTable(ParamMeta(entry.name, entry.dtype, entry.shape) for entry in entries)
-        mine = _share(entries, parts, part)
-        self._regions = tuple(SourceRegion(entry.name, Box.whole(entry.shape)) for entry in mine)
+        self._part = parts, part
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._open()
+
+    def _open(self) -> None:
+        around = _around(self._path)
+        self._files, self._ignored = _open_all(self._path)
+        self._close_files()
+        self._around = around
+        self._where = {entry.name: (file, entry) for file in self._files for entry in file.entries}
+        entries = [entry for file in self._files for entry in file.entries]
+        self._params = ParamTable(ParamMeta(entry.name, entry.dtype, entry.shape) for entry in entries)
+        mine = _share(entries, *self._part)
+        self._regions = tuple(SourceRegion(entry.name, Box.whole(entry.shape)) for entry in mine)
 
     def metadata(self) -> ParamTable:
-        """Return all tensors in the order of their files and bytes."""
+        """Return all tensors in the order of their files and bytes, as they lie there now.
+
+        Raises:
+            CheckpointError: Files were written anew, and something is wrong with them.
+        """
+        if _around(self._path) != self._around or not all(file.is_current for file in self._files):
+            self._open()
         return self._params
 
     def regions(self) -> Sequence[SourceRegion]:
@@ -132,6 +146,12 @@ class CheckpointSource:
                 )
                 raise CheckpointError(message, name=entry.name, retryable=True)
             done += got
+        if not file.is_current:
+            message = (
+                f"{file.path}: was written or replaced while tensor {entry.name!r} was read; wait until the "
+                "checkpoint is written, then try again"
+            )
+            raise CheckpointError(message, name=entry.name, retryable=True)
 
     def _fd(self, path: Path) -> int:
         with self._lock:
@@ -149,6 +169,10 @@ class CheckpointSource:
         """Close the files; idempotent."""
         with self._lock:
             self._closed = True
+        self._close_files()
+
+    def _close_files(self) -> None:
+        with self._lock:
             while self._fds:
                 os.close(self._fds.popitem()[1])
 
@@ -184,6 +208,11 @@ def _share(entries: list[TensorEntry], parts: int, part: int) -> list[TensorEntr
     middles = [2 * end - entry.num_bytes for end, entry in zip(ends, entries, strict=True)]
     owners = [min(middle * parts // (2 * total), parts - 1) for middle in middles]
     return [entry for owner, entry in zip(owners, entries, strict=True) if owner == part]
+
+
+def _around(path: Path) -> tuple[FileState | None, ...]:
+    """Return the state of what decides which files belong to a checkpoint."""
+    return state_of(path), state_of(path / _INDEX)
 
 
 def _open_all(path: Path) -> tuple[list[SafetensorsFile], list[Path]]:

@@ -16,7 +16,7 @@ from headrace.errors import HeadraceError, LocalProtocolError, TransferTimeoutEr
 from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest
 from headrace.protocols import DeviceReads, Slot, SourceRegion, SteppedSource
-from headrace.segments import HostSegment, Lender
+from headrace.segments import HostSegment, Lender, host_segments
 from headrace.segments.pinning import PinnedRange
 from headrace.store.layout import SEGMENT_BYTES, Layout
 from headrace.store.reading import Progress
@@ -93,7 +93,7 @@ class LiveStore(SingleVersion[HostSegment]):
             return known
         self._drop()
         layout = _aliased(params, regions, self._source.aliases(), self._segment_bytes)
-        self._segments = tuple(HostSegment(size, f"headrace-{self._name}") for size in layout.segment_bytes)
+        self._segments = tuple(host_segments(layout.segment_bytes, f"headrace-{self._name}"))
         for segment in self._segments:
             if self._lender is not None:
                 self._lender.lend(segment)

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 import torch
 
 from headrace.errors import TransferTimeoutError
+from headrace.futures import wait_ended
 from headrace.protocols import Slot, SourceRegion, WeightSource
 from headrace.segments.ahead import PagesAhead
 from headrace.store.layout import Layout
@@ -83,9 +84,7 @@ class Reading:
             self._stop.set()
             for pool in (readers, competing):
                 pool.shutdown(wait=False, cancel_futures=True)
-            left = max(0.0, min(end - time.monotonic(), _END_S))
-            # A reader that was cancelled before it began never counts as done.
-            wait([future for future in self._futures if not future.cancelled()], timeout=left)
+            wait_ended(self._futures, max(0.0, min(end - time.monotonic(), _END_S)))
 
     def forget(self) -> bool:
         """Let go of the memory and of what readers returned or raised; returns whether none is at work any more."""

@@ -40,6 +40,21 @@ _NAMES = {
 }
 
 
+FileState = tuple[int, int, int, int]
+
+
+def state_of(path: Path) -> FileState | None:
+    """Return what is another where a file was written again or replaced; None where there is none."""
+    try:
+        return _state(path.stat())
+    except OSError:
+        return None
+
+
+def _state(found: os.stat_result) -> FileState:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a file: its bytes are `[begin, end)` of the file."""
@@ -65,12 +80,19 @@ class SafetensorsFile:
         entries: Tensors, by rising `begin`.
         metadata: The header's `__metadata__`.
         num_bytes: Size of the file.
+        state: What `state_of` returned when the header was read.
     """
 
     path: Path
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     num_bytes: int
+    state: FileState
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what lies under `path` is still what was opened."""
+        return state_of(self.path) == self.state
 
     @classmethod
     def open(cls, path: Path) -> SafetensorsFile:
@@ -79,13 +101,13 @@ class SafetensorsFile:
         Raises:
             CheckpointError: The file cannot be read or breaks the format; names it and all bad tensors.
         """
-        header, data_begin, num_bytes = _read_header(path)
+        header, data_begin, num_bytes, state = _read_header(path)
         metadata, entries, problems = _parse(header, data_begin)
         entries.sort(key=lambda entry: (entry.begin, entry.end))
         problems += _placement_problems(entries, data_begin, num_bytes)
         if problems:
             raise damaged(path, problems)
-        return cls(path, tuple(entries), metadata, num_bytes)
+        return cls(path, tuple(entries), metadata, num_bytes, state)
 
 
 def damaged(path: Path, problems: list[str], way_out: str = "download or write it again") -> CheckpointError:
@@ -95,11 +117,12 @@ def damaged(path: Path, problems: list[str], way_out: str = "download or write i
     return CheckpointError(f"{path}: {shown}{more}; {way_out}", name=str(path))
 
 
-def _read_header(path: Path) -> tuple[bytes, int, int]:
-    """Return the JSON bytes, where tensor bytes begin, and the file's size."""
+def _read_header(path: Path) -> tuple[bytes, int, int, FileState]:
+    """Return the JSON bytes, where tensor bytes begin, the file's size and state."""
     try:
         with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            num_bytes = found.st_size
             head = file.read(_LENGTH_BYTES)
             length = int.from_bytes(head, "little")
             begin = _LENGTH_BYTES + length
@@ -115,7 +138,7 @@ def _read_header(path: Path) -> tuple[bytes, int, int]:
         raise damaged(
             path, [f"is cut off inside its header: {num_bytes} bytes, the header alone ends at {begin}"]
         )
-    return header, begin, num_bytes
+    return header, begin, num_bytes, _state(found)
 
 
 def _parse(header: bytes, data_begin: int) -> tuple[dict[str, str], list[TensorEntry], list[str]]:

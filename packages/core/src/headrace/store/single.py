@@ -59,6 +59,11 @@ class SingleVersion(Generic[AnySegment]):
         self._find(version)
         return self._segments
 
+    def segment(self, segment_id: str) -> AnySegment | None:
+        """Return the segment of this id, or None where the version does not lie in it."""
+        held = () if self._published is None else self._segments
+        return next((one for one in held if one.descriptor.segment_id == segment_id), None)
+
     def tensors(self, version: int) -> list[torch.Tensor]:
         """Return the bytes of each segment."""
         return [segment.tensor for segment in self.segments(version)]

@@ -18,10 +18,9 @@ from headrace.errors import LocalProtocolError
 from headrace.geometry import RegionTable
 from headrace.manifest import HolderAddress, Manifest, SegmentDescriptor
 from headrace.protocols import WeightSource
-from headrace.segments import HostSegment, Lender, require_memory
+from headrace.segments import HostSegment, Lender, host_segments, require_memory
 from headrace.store.layout import SEGMENT_BYTES, Layout
 from headrace.store.reading import Progress, Reading
-from headrace.types import ParamTable
 
 _log = logging.getLogger(__name__)
 _MAX_THREADS = 8
@@ -66,18 +65,11 @@ class _SegmentSet:
     """Segments of one layout; holds one version at a time."""
 
     def __init__(self, layout: Layout, holder: str, lender: Lender | None) -> None:
-        what = f"headrace-{holder}"
         require_memory(sum(layout.segment_bytes), f"a version in holder {holder}")
         self.layout = layout
         self._lender = lender
         self._is_lent = False
-        self.segments: list[HostSegment] = []
-        try:
-            for size in layout.segment_bytes:
-                self.segments.append(HostSegment(size, what, sealed=False))
-        except BaseException:
-            self.close()
-            raise
+        self.segments = host_segments(layout.segment_bytes, f"headrace-{holder}", sealed=False)
         self.regions = layout.region_table()
 
     @property
@@ -100,7 +92,7 @@ class _SegmentSet:
 
     def close(self) -> None:
         for segment in self.segments:
-            if self._is_lent and self._lender is not None:
+            if self._lender is not None:
                 self._lender.withdraw(segment.descriptor.segment_id)
             segment.close()
 
@@ -206,11 +198,13 @@ class Store:
                 if version not in self._pinned:
                     self._free.append(self._held.pop(version)[0])
             fitting = [one for one in self._free if one.layout is layout]
-            unfit = [one for one in self._free if one.layout is not layout]
-            self._free = fitting[1:]
-        for old in unfit:
+            # Two sets take turns; a third is needed only while a version is pinned.
+            kept = fitting[: 1 if self._held else 2]
+            needless = [one for one in self._free if one not in kept]
+            self._free = kept[1:]
+        for old in needless:
             old.close()
-        return fitting[0] if fitting else _SegmentSet(layout, self._name, self._lender)
+        return kept[0] if kept else _SegmentSet(layout, self._name, self._lender)
 
     def _fill(self, chosen: _SegmentSet, progress: Progress | None, end: float) -> None:
         if isinstance(self._source, BulkSource):
@@ -230,6 +224,8 @@ class Store:
                 else:
                     chosen.close()
             raise
+        # Readers run on idle cores only: on a busy host they end late, and what they refer to as well.
+        reading.forget()
 
     def _fill_at_once(
         self, source: BulkSource, chosen: _SegmentSet, progress: Progress | None, end: float
@@ -249,7 +245,11 @@ class Store:
         holder = HolderAddress(self._name)
         manifest = Manifest(holder, version, layout.params, chosen.descriptors, chosen.regions)
         published = PublishedVersion(version, manifest, layout.num_bytes, seconds)
-        chosen.lend()
+        try:
+            chosen.lend()
+        except BaseException:
+            chosen.close()
+            raise
         with self._lock:
             if not self._closed:
                 self._held[version] = (chosen, published)
@@ -272,13 +272,15 @@ class Store:
         """Return the segments of a held version, in the manifest's order; the store's to close."""
         return tuple(self._find(version)[0].segments)
 
+    def segment(self, segment_id: str) -> HostSegment | None:
+        """Return the segment of this id, or None where no version that is held lies in it."""
+        with self._lock:
+            held = [segment for one, _ in self._held.values() for segment in one.segments]
+        return next((one for one in held if one.descriptor.segment_id == segment_id), None)
+
     def tensors(self, version: int) -> list[torch.Tensor]:
         """Return the bytes of each segment of a held version: blocks for digests and transports."""
         return self._find(version)[0].blocks
-
-    def metadata(self) -> ParamTable:
-        """Return the source's parameters."""
-        return self._source.metadata()
 
     def _find(self, version: int) -> tuple[_SegmentSet, PublishedVersion]:
         with self._lock:

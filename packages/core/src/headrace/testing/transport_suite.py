@@ -256,6 +256,7 @@ class TransportTests:
     def test_a_holder_that_hangs(self, transport: Transport, mortal: HolderProcess) -> None:
         """Every call ends at its deadline, and the transport goes on afterwards."""
         transport.open(mortal.address, mortal.segments[0], _WAIT_S)
+        transport.retain([mortal.segments[0].segment_id])
         copies = table_of([CopyRow(shape=(1 << 19,), src_strides=(2,), dst_strides=(2,))])
         with mortal.stopped():
             begin_s = time.monotonic()

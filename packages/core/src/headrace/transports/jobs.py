@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from headrace.errors import LocalProtocolError, TransferTimeoutError, TransportClosedError
+from headrace.futures import wait_ended
 
 _ABORT_S = 5.0
 P = TypeVar("P")
@@ -116,12 +117,12 @@ class ReadBoard:
             self._readers.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, job: Job, reads: Sequence[Future[None]], deadline_s: float) -> None:
-        done, pending = wait(reads, max(0.0, deadline_s), FIRST_EXCEPTION)
-        failed = next((error for read in done if (error := _failure(read)) is not None), None)
-        if failed is None and not pending:
+        pending = wait_ended(reads, max(0.0, deadline_s), first_failure=True)
+        failed = next((error for read in reads if (error := _failure(read)) is not None), None)
+        if failed is None and not pending and not any(read.cancelled() for read in reads):
             return
         _give_up(job, reads)
-        wait(reads, _ABORT_S)
+        wait_ended(reads, _ABORT_S)
         self.check_open()
         if failed is not None:
             raise failed
@@ -136,4 +137,4 @@ def _give_up(job: Job, reads: Sequence[Future[None]]) -> None:
 
 
 def _failure(read: Future[None]) -> BaseException | None:
-    return None if read.cancelled() else read.exception()
+    return read.exception() if read.done() and not read.cancelled() else None

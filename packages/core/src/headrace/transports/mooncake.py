@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +36,8 @@ SLOT_BYTES = 32 << 20
 NUM_SLOTS = 6
 LEAST_SLOTS = 3
 _SLOT_S = 60.0
+_Directory = Mapping[str, tuple[int, int]]
+"""Address and size of each segment that a holder shows."""
 
 
 class MooncakeTransport:
@@ -56,6 +58,7 @@ class MooncakeTransport:
         self._host = host or host_settings()
         self._slot_bytes = slot_bytes
         self._places: dict[str, tuple[str, int]] = {}
+        self._directories: dict[str, _Directory] = {}
         self._board = ReadBoard("mooncake", NUM_SLOTS)
         self._staging: _Staging | None = None
 
@@ -70,7 +73,7 @@ class MooncakeTransport:
         return "mooncake"
 
     def open(self, holder: HolderAddress, segment: SegmentDescriptor, deadline_s: float) -> None:
-        """Find where the holder's helper has the segment."""
+        """Find where the holder's helper has the segment: in its directory, which is read once until `retain`."""
         if not holder.mooncake:
             message = f"holder {holder.holder_id} runs no Mooncake helper; hold with --transport mooncake"
             raise ConnectError(message, name=holder.holder_id)
@@ -78,8 +81,10 @@ class MooncakeTransport:
             self._board.check_open()
             if self._places.get(segment.segment_id, ("",))[0] == holder.mooncake:
                 return
-        answer = self._fresh_staging().helper.call({"session": holder.mooncake}, deadline_s)
-        place = answer["segments"].get(segment.segment_id)
+            known = self._directories.get(holder.mooncake, {})
+        if segment.segment_id not in known:
+            known = self._fresh_staging().helper.call({"session": holder.mooncake}, deadline_s)["segments"]
+        place = known.get(segment.segment_id)
         if place is None or int(place[1]) != segment.num_bytes:
             there = (
                 "does not show it" if place is None else f"has {place[1]} bytes of its {segment.num_bytes}"
@@ -89,11 +94,13 @@ class MooncakeTransport:
             )
             raise ConnectError(message, name=segment.segment_id)
         with self._board.lock:
+            self._directories[holder.mooncake] = known
             self._places[segment.segment_id] = (holder.mooncake, int(place[0]))
 
     def retain(self, segment_ids: Collection[str]) -> None:
         """Forget all other segments."""
         with self._board.lock:
+            self._directories.clear()
             self._places = {name: place for name, place in self._places.items() if name in set(segment_ids)}
 
     def submit(

@@ -43,7 +43,7 @@ _GREET_S = 10.0
 _BODY_S = 30.0
 _IDLE_S = 3600.0
 _SILENCE_S = 60.0
-_MAX_CONNECTIONS = 256
+_MAX_CONNECTIONS = 1024
 _MAX_READ_BYTES = 1 << 42
 _JOIN_S = 5.0
 
@@ -54,7 +54,8 @@ class TcpServer:
     """Serves reads of a holder's segments. The constructor binds and starts listening.
 
     One daemon thread per connection. A client that stalls, sends garbage or asks for what lies outside a
-    segment loses its connection or its request; nothing else is touched.
+    segment loses its connection or its request; nothing else is touched. Where there are too many connections, the
+    one that has asked for nothing for longest gives way: clients dial again.
 
     Args:
         lookup: Returns the flat uint8 tensor of a segment id, or None; called from connection threads.
@@ -72,6 +73,7 @@ class TcpServer:
         self._lookup = lookup
         self._secret = secret
         self._lines: dict[Line, threading.Thread] = {}
+        self._idle: dict[Line, None] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         told = host.require_advertised()
@@ -121,7 +123,7 @@ class TcpServer:
 
     def _start(self, connection: socket.socket, peer: str) -> None:
         with self._lock:
-            full = len(self._lines) >= _MAX_CONNECTIONS
+            full = not self._make_room()
             if not full:
                 line = Line(connection, peer, _SILENCE_S)
                 thread = threading.Thread(
@@ -130,11 +132,22 @@ class TcpServer:
                 self._lines[line] = thread
         if full:
             logger.warning(
-                "data server %s has %d clients and drops %s", self.endpoint, _MAX_CONNECTIONS, peer
+                "data server %s has %d busy clients and drops %s", self.endpoint, _MAX_CONNECTIONS, peer
             )
             connection.close()
             return
         thread.start()
+
+    def _make_room(self) -> bool:
+        """Return whether one more connection may begin, with the lock held; an idle one is broken for it."""
+        if len(self._lines) < _MAX_CONNECTIONS:
+            return True
+        line = next(iter(self._idle), None)
+        if line is None:
+            return False
+        del self._idle[line], self._lines[line]
+        line.abort()
+        return True
 
     def _serve(self, line: Line) -> None:
         """Handshake, then answer requests until the client leaves: the boundary of one connection."""
@@ -143,7 +156,7 @@ class TcpServer:
             line.limit()
             packer = _Packer(line)
             while not self._closing.is_set():
-                self._answer(line, packer, *receive_request(line, _IDLE_S, _BODY_S))
+                self._answer(line, packer, *self._next_request(line))
         except PeerLostError as error:
             logger.debug("data server %s: %s", self.endpoint, error)
         except (HeadraceError, RuntimeError, MemoryError) as error:
@@ -152,6 +165,15 @@ class TcpServer:
             line.close()
             with self._lock:
                 self._lines.pop(line, None)
+                self._idle.pop(line, None)
+
+    def _next_request(self, line: Line) -> tuple[int, bytes]:
+        with self._lock:
+            self._idle[line] = None
+        request = receive_request(line, _IDLE_S, _BODY_S)
+        with self._lock:
+            self._idle.pop(line, None)
+        return request
 
     def _answer(self, line: Line, packer: _Packer, kind: int, body: bytes) -> None:
         if kind == OPEN:

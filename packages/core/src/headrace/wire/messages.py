@@ -231,6 +231,7 @@ class Publish(Message, frozen=True):
     """Read the source and complete a version; `known_layouts` need not be sent again."""
 
     version: int
+    deadline_s: float
     known_layouts: tuple[str, ...] = ()
 
 
@@ -240,6 +241,7 @@ class Fill(Message, frozen=True):
     version: int
     step: int
     rows: np.ndarray
+    deadline_s: float
 
 
 class SumDigests(Message, frozen=True):
