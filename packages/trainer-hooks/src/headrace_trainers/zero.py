@@ -38,8 +38,7 @@ def _wrap(engine: Any, hook: Hook) -> None:  # noqa: ANN401 - DeepSpeed has no t
 
     @wraps(inner)
     def step(*args: object, **options: object) -> object:
-        # Unmanaged accumulation has its boundary only inside of `step`.
-        if not engine.managed_gradient_accumulation() or engine.is_gradient_accumulation_boundary():
+        if _ends_accumulation(engine):
             hook.before_step()
             result = inner(*args, **options)
             hook.after_step(applied=engine.was_step_applied())
@@ -47,3 +46,11 @@ def _wrap(engine: Any, hook: Hook) -> None:  # noqa: ANN401 - DeepSpeed has no t
         return inner(*args, **options)
 
     engine.step = step
+
+
+def _ends_accumulation(engine: Any) -> bool:  # noqa: ANN401
+    """Return whether the engine's next `step` is one of its optimizer."""
+    is_managed = getattr(engine, "managed_gradient_accumulation", None)  # DeepSpeed 0.19.4 and later
+    if is_managed is not None and not is_managed():
+        return True  # the boundary is there only inside of `step`
+    return bool(engine.is_gradient_accumulation_boundary())
