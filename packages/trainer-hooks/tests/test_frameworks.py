@@ -56,6 +56,23 @@ def test_a_trainer_that_was_interrupted_trains_again(engine: EngineProcess, fold
     run_ranks(hf_again, 1, 100, engine.url, folder, tmp_path)
 
 
+def hf_best(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
+    """Train with the highest loss as the best one, which is not the last."""
+    kept = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer, _, found = hugging_face(folder, out, url, **kept, **best)
+    assert found == []
+    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    assert compare(url, gathered(trainer.model), FLOAT, FLOAT) == []
+
+
+@pytest.mark.timeout(150)
+def test_the_best_model_is_served_where_the_trainer_loads_it(
+    engine: EngineProcess, folder: Path, tmp_path: Path
+) -> None:
+    run_ranks(hf_best, 1, 100, engine.url, folder, tmp_path)
+
+
 def hf_zero(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path, stage: int) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     join_by_environment(rank, world_size, port)

@@ -88,14 +88,19 @@ class Hook:
         self._raise_if_told()
 
     def flush(self) -> None:
-        """Have the engines serve the weights as they are now; every rank calls it, between two steps. Blocking.
+        """Have the engines serve the weights as they are now, whatever changed them; every rank calls it. Blocking.
+
+        It is called between two steps, where nothing else changes weights.
 
         Raises:
             UpdateFailedError: With `on_error="raise"`: it failed.
         """
+        self._flush(again=True)
+
+    def _flush(self, *, again: bool) -> None:
         self._source.mark_written()
         self._fence.end()
-        self._publish(wait=True)
+        self._publish(wait=True, again=again)
         self._deliver(is_shared=True)
         self._raise_if_told()
 
@@ -103,7 +108,7 @@ class Hook:
         """Publish what is not out yet and let go of everything; every rank calls it. Idempotent.
 
         Args:
-            publish: Whether to `flush` first.
+            publish: Whether to publish first, if the engines do not have the last step.
 
         Raises:
             UpdateFailedError: With `on_error="raise"`: the last update failed.
@@ -112,7 +117,7 @@ class Hook:
             return
         try:
             if publish:
-                self.flush()
+                self._flush(again=False)
         finally:
             self._closed = True
             self._fence.end()
@@ -133,12 +138,12 @@ class Hook:
     ) -> None:
         self.close(publish=kind is None)
 
-    def _publish(self, *, wait: bool) -> None:
+    def _publish(self, *, wait: bool, again: bool = False) -> None:
         begin = time.monotonic()
         self._rounds += 1
         try:
             if self._publisher is not None:
-                outcome = self._publisher.ask()
+                outcome = self._publisher.ask(again=again)
                 if wait:
                     self._share(outcome)
             elif wait:
