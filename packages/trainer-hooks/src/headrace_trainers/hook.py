@@ -51,6 +51,7 @@ class Hook:
         self._waited_s = self._told_s = 0.0
         self._rounds = 0
         self._failures: dict[str, str] = {}
+        self._num_ends = 0
         self._end: dict[str, Any] | None = None
         self._closed = False
         atexit.register(self.close, publish=False)
@@ -182,7 +183,7 @@ class Hook:
         if self._end is None:
             at = self._fence.step + (1 if self._crew.world_size > 1 else 0)
             self._end = {"step": at, "failures": failures}
-            self._crew.tell(_END, json.dumps(self._end))
+            self._crew.tell(f"{_END}/{self._num_ends}", json.dumps(self._end))
 
     def _raise_if_told(self) -> None:
         """Raise on every rank what went wrong, if training is to end by it."""
@@ -190,10 +191,11 @@ class Hook:
         if self.settings.on_error != "raise":
             return
         if self._crew.rank and self.settings.mode == "background" and self._end is None:
-            said = self._crew.heard(_END)
+            said = self._crew.heard(f"{_END}/{self._num_ends}")
             self._end = None if said is None else json.loads(said)
         if not failures and self._end is not None and self._fence.step >= self._end["step"]:
             failures, self._end = self._end["failures"], None
+            self._num_ends += 1
         if failures:
             text = "; ".join(f"{name}: {why}" if name else why for name, why in failures.items())
             raise UpdateFailedError(text, phase="hook")
