@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,26 @@ def hf_alone(_rank: int, _world_size: int, url: str, folder: Path, out: Path) ->
 @pytest.mark.timeout(150)
 def test_trainer_of_hugging_face(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
     run_ranks(hf_alone, 1, 100, engine.url, folder, tmp_path)
+
+
+WITHOUT_DEEPSPEED = """
+import importlib.util
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+import headrace_trainers.accelerate
+import headrace_trainers.transformers
+from accelerate.utils import is_deepspeed_available
+
+assert not is_deepspeed_available()
+"""
+
+
+def test_hooks_of_hugging_face_need_no_deepspeed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEEPSPEED], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def hf_again(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:

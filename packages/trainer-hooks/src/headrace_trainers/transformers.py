@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import Any, cast
 
-from accelerate.utils import DeepSpeedOptimizerWrapper
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
