@@ -23,10 +23,14 @@ def attach_engine(engine: Any, *, to: Target | Sequence[Target], **choices: obje
     engine's `step` is wrapped.
 
     Raises:
-        ConfigError: A choice makes no sense, a parameter cannot be published, or this is no DeepSpeed engine.
+        ConfigError: A choice makes no sense, a parameter cannot be published, or this is no DeepSpeed engine, or one
+            with pipeline stages.
     """
     if not is_engine(engine):
         message = f"{type(engine).__name__} is no DeepSpeedEngine; give what deepspeed.initialize returned"
+        raise ConfigError(message, name="engine")
+    if engine.pipeline_parallelism:
+        message = "this engine has pipeline stages, whose steps DeepSpeed tells nobody of; train with ZeRO 0 to 3"
         raise ConfigError(message, name="engine")
     hook = Hook(engine.module, HookSettings.of(to, **choices), step=int(engine.global_steps))
     _wrap(engine, hook)
