@@ -8,7 +8,6 @@ it before all others, so that every integration (TensorBoard, W&B, ...) has them
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import wraps
 from typing import Any, cast
@@ -20,8 +19,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from headrace_trainers.hook import Hook
 from headrace_trainers.optimizers import watch
 from headrace_trainers.settings import HELD, HookSettings, StepReport, Target
-
-logger = logging.getLogger(__name__)
 
 
 class HeadraceCallback(TrainerCallback):  # type: ignore[misc] # has no types
