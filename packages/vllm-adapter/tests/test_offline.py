@@ -95,6 +95,16 @@ def test_an_async_engine_is_held(tmp_path: Path) -> None:
         assert oracle.problems_with_kept_caches(PROMPT, answer, versions) == []
 
 
+def test_an_engine_that_sleeps_is_refused(tmp_path: Path) -> None:
+    """Its weights are in no memory: a GPU's worker would die of the first read."""
+    made = checkpoints_of("llama", tmp_path)
+    told = {"checkpoints": [str(made["a"]), str(made["b"])]}
+    result = run_child(SUPPORT / "sleeping_child.py", told, tmp_path, os.environ | QUIET)
+    assert "wake it up first" in result["asleep"]["error"]
+    assert (result["asleep"]["weights_state"], result["asleep"]["version"]) == ("old", None)
+    assert (result["awake"].get("error"), result["awake"]["version"]) == (None, 1)
+
+
 def test_an_engine_that_was_not_started_for_headrace() -> None:
     config = SimpleNamespace(
         weight_transfer_config=None, parallel_config=SimpleNamespace(worker_extension_cls="")

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.adapter.calls import await_within, call_within, running_loop, version_number
 from headrace.errors import ConfigError
-from headrace_vllm.calls import HOLD, OBSTACLE, obstacle_of
+from headrace_vllm.calls import EXTENSION, HOLD, OBSTACLE, TRANSFER, obstacle_of
 
 if TYPE_CHECKING:
     from headrace.protocols import EngineControl, Ticket
     from headrace.types import CacheMode
 
 T = TypeVar("T")
-_TRANSFER, _EXTENSION = "init_weight_transfer_engine", "headrace_enrol"
 
 
 def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineControl:  # noqa: ANN401 - vLLM is an extra
@@ -50,9 +49,9 @@ def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineCon
 def _enrol_method(config: Any) -> str:  # noqa: ANN401 - a VllmConfig
     transfer = config.weight_transfer_config
     if transfer is not None and transfer.backend == "headrace":
-        return _TRANSFER
+        return TRANSFER
     if (config.parallel_config.worker_extension_cls or "").startswith("headrace_vllm."):
-        return _EXTENSION
+        return EXTENSION
     message = (
         'this engine was not started for Headrace; give LLM(..., weight_transfer_config={"backend": "headrace"}) '
         "or worker_extension_cls='headrace_vllm.WorkerExtension'"
@@ -78,7 +77,7 @@ def _check_reach(parallel: Any, *, is_async: bool) -> None:  # noqa: ANN401 - a 
 
 def _call_of(method: str, ticket: Ticket) -> dict[str, Any]:
     fields = asdict(ticket)
-    return {"init_info": fields} if method == _TRANSFER else fields
+    return {"init_info": fields} if method == TRANSFER else fields
 
 
 class _Attached:
