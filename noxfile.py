@@ -170,6 +170,12 @@ def deepspeed(session: nox.Session) -> None:
 
 
 @nox.session
+def deepspeed_older(session: nox.Session) -> None:
+    """Hooks on the last DeepSpeed in which accumulation is always managed."""
+    _trainers(session, (f"{HOOK_TESTS}/test_deepspeed.py",), "deepspeed==0.19.3", *DEEPSPEED[1:])
+
+
+@nox.session
 def hf(session: nox.Session) -> None:
     """Hooks on Hugging Face's Trainer, Accelerate, Lightning and PEFT."""
     _trainers(session, [f"{HOOK_TESTS}/test_{part}.py" for part in HF_PARTS], *DEEPSPEED, *FRAMEWORKS)

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer teaches a tiny model its sentences while a live engine serves every step of it.
 
-    pip install headrace[engine] headrace-trainers[hf]
+    pip install './packages/core[engine]' './packages/trainer-hooks[hf]'
     python examples/hf_trainer.py
 
 The same request is answered again and again while training goes on: each answer says which version it is of.

@@ -1,6 +1,6 @@
 """A tiny but real GRPO loop on a laptop: an engine, two trainer ranks, and a plot of the reward, in a few minutes.
 
-    pip install headrace[engine,plot] headrace-trainers
+    pip install './packages/core[engine,plot]' ./packages/trainer-hooks
     python examples/rl_loop/run.py                          # FSDP2 and the embedded engine
     python examples/rl_loop/run.py --framework deepspeed    # ZeRO-3
     python examples/rl_loop/run.py --engine vllm=http://127.0.0.1:8000 --model DIR   # see README.md beside this
@@ -21,6 +21,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from headrace.testing.engine_process import EngineProcess
 from headrace.testing.tiny_model import TinySize, make_tiny_qwen3
 
@@ -39,12 +41,8 @@ def train(model: Path, engine: str, out: Path, chosen: argparse.Namespace) -> li
 
 def plot(lines: list[dict[str, Any]], file: Path) -> None:
     """Write the reward over the run."""
-    import matplotlib as mpl  # noqa: PLC0415 - the extra `plot`
-
-    mpl.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     axes.plot([line["step"] for line in lines], [line["reward"] for line in lines])
     axes.set_xlabel("optimizer step, each served by the live engine before the next")
     axes.set_ylabel("share of words about water")

@@ -15,6 +15,7 @@ import torch
 from deepspeed_layouts import LAYOUTS, make
 from trainer_world import batch, compare, count_collectives, join
 
+from headrace.errors import ConfigError
 from headrace.testing.engine_process import EngineProcess, free_port
 from headrace.testing.ranks import run_ranks
 from headrace_trainers import deepspeed as hooks
@@ -62,6 +63,26 @@ def skip_one(rank: int, url: str, folder: Path) -> list[str]:
         whole = trainer.whole()
     found = compare(url, whole, torch.bfloat16, torch.float32) if rank == 0 else []
     return found if rank or [report.step for report in reports] == [1, 2] else [*found, f"reports: {reports}"]
+
+
+def refuse_stages(rank: int, world_size: int, port: int) -> None:
+    join(rank, world_size, port)
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed("gloo", dist_init_required=False, verbose=False)
+    model = PipelineModule(layers=[torch.nn.Linear(4, 4)], num_stages=1, loss_fn=torch.nn.MSELoss())
+    config = {"train_micro_batch_size_per_gpu": 2}
+    optimizer = torch.optim.SGD(model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with pytest.raises(ConfigError, match="pipeline stages"):
+        hooks.attach(engine, to="torch=http://127.0.0.1:9")
+
+
+@pytest.mark.timeout(150)
+def test_an_engine_with_pipeline_stages_is_refused() -> None:
+    """It steps inside of `train_batch`, where nothing would be fenced or published."""
+    run_ranks(refuse_stages, 1, 100, free_port())
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from headrace.errors import HeadraceError, LocalProtocolError, StepMissedError, 
 from headrace.protocols import SourceRegion
 from headrace.store.live import LiveStore
 from headrace_trainers.fence import StepFence
+from headrace_trainers.optimizers import watch
 from headrace_trainers.shards import shards_of
 from headrace_trainers.source import ShardSource
 
@@ -205,3 +206,60 @@ def test_tied_parameters_lie_in_one_place() -> None:
     store.fill(1, 0, [1])
     assert bytes(store.tensors(1)[0][: 7 * 3 * 4].numpy()) == bytes(head.weight.detach().view(torch.uint8).numpy())
     store.close()
+
+
+class Noting:
+    """Stands where a hook does, and notes when the fence closes and which weight it finds."""
+
+    def __init__(self, model: nn.Linear) -> None:
+        self.model = model
+        self.noted: list[tuple[str, float]] = []
+
+    def note(self, what: str) -> None:
+        self.noted.append((what, float(self.model.weight.detach().sum())))
+
+    def before_step(self) -> None:
+        self.note("fence")
+
+    def after_step(self) -> None:
+        self.note("end")
+
+
+class WritesFirst(torch.optim.Optimizer):
+    """Looks for a worse point before it takes gradients, as some optimizers do."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(self.param_groups[0]["lr"])
+        with torch.enable_grad():
+            return closure()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "LBFGS", "WritesFirst"])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_the_fence_of_a_step_with_a_closure(kind: str, is_named: bool) -> None:
+    """torch's own optimizers change nothing before they have called it; of others nobody knows."""
+    model = nn.Linear(3, 2)
+    hook = Noting(model)
+    optimizer = (WritesFirst if kind == "WritesFirst" else getattr(torch.optim, kind))(model.parameters(), lr=0.1)
+    watch(optimizer, hook)  # type: ignore[arg-type]
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        hook.note("backward")
+        loss = model(torch.ones(3)).square().sum()
+        loss.backward()
+        return loss
+
+    hook.note("begin")
+    loss = optimizer.step(closure=closure) if is_named else optimizer.step(closure)
+    assert loss > 0
+    names, weights = zip(*hook.noted, strict=True)
+    first = ("begin", "fence", "backward") if kind == "WritesFirst" else ("begin", "backward", "fence")
+    assert names[:3] == first
+    assert names[-1] == "end"
+    assert weights[0] == weights[names.index("fence")] != weights[-1]

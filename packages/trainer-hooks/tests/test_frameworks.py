@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,26 @@ def test_trainer_of_hugging_face(engine: EngineProcess, folder: Path, tmp_path: 
     run_ranks(hf_alone, 1, 100, engine.url, folder, tmp_path)
 
 
+WITHOUT_DEEPSPEED = """
+import importlib.util
+
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+import headrace_trainers.accelerate
+import headrace_trainers.transformers
+from accelerate.utils import is_deepspeed_available
+
+assert not is_deepspeed_available()
+"""
+
+
+def test_hooks_of_hugging_face_need_no_deepspeed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEEPSPEED], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def hf_again(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
     from transformers import TrainerCallback
 
@@ -54,6 +76,23 @@ def hf_again(_rank: int, _world_size: int, url: str, folder: Path, out: Path) ->
 def test_a_trainer_that_was_interrupted_trains_again(engine: EngineProcess, folder: Path, tmp_path: Path) -> None:
     """With one hook: that of the run that broke off is let go."""
     run_ranks(hf_again, 1, 100, engine.url, folder, tmp_path)
+
+
+def hf_best(_rank: int, _world_size: int, url: str, folder: Path, out: Path) -> None:
+    """Train with the highest loss as the best one, which is not the last."""
+    kept = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer, _, found = hugging_face(folder, out, url, **kept, **best)
+    assert found == []
+    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    assert compare(url, gathered(trainer.model), FLOAT, FLOAT) == []
+
+
+@pytest.mark.timeout(150)
+def test_the_best_model_is_served_where_the_trainer_loads_it(
+    engine: EngineProcess, folder: Path, tmp_path: Path
+) -> None:
+    run_ranks(hf_best, 1, 100, engine.url, folder, tmp_path)
 
 
 def hf_zero(rank: int, world_size: int, port: int, url: str, folder: Path, out: Path, stage: int) -> None:

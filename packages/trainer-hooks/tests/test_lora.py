@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from headrace.protocols import SourceRegion  # noqa: E402
 from headrace_trainers.fence import StepFence  # noqa: E402
 from headrace_trainers.shards import shards_of  # noqa: E402
 from headrace_trainers.source import ShardSource  # noqa: E402
+
+QUERY = ["query"]
 
 
 class Model(nn.Module):
@@ -33,10 +36,12 @@ class Model(nn.Module):
 
 
 def adapted(**options: Any) -> Any:
+    chosen = {"target_modules": ["query", "key", "embed"], "modules_to_save": ["head"]} | options
+    return trained(peft.LoraConfig(r=3, lora_alpha=7, **chosen))
+
+
+def trained(config: Any) -> Any:
     torch.manual_seed(3)
-    config = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=["query", "key", "embed"], modules_to_save=["head"], **options
-    )
     model = peft.get_peft_model(Model(), config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -55,8 +60,11 @@ def published(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_adapters_are_merged_as_peft_merges_them() -> None:
-    model = adapted()
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"bias": "all"}, {"lora_bias": True, "target_modules": ["query"]}]
+)
+def test_adapters_are_merged_as_peft_merges_them(options: dict[str, Any]) -> None:
+    model = adapted(**options)
     merged = copy.deepcopy(model).merge_and_unload()
     found, expected = published(model), dict(merged.named_parameters())
     assert found.keys() == expected.keys()
@@ -64,8 +72,9 @@ def test_adapters_are_merged_as_peft_merges_them() -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def test_what_peft_has_merged_already_is_not_merged_again() -> None:
-    model = adapted()
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True, "target_modules": ["query"]}])
+def test_what_peft_has_merged_already_is_not_merged_again(options: dict[str, Any]) -> None:
+    model = adapted(**options)
     before = published(model)
     model.merge_adapter()
     after = published(model)
@@ -76,3 +85,26 @@ def test_what_peft_has_merged_already_is_not_merged_again() -> None:
 def test_an_adapter_that_cannot_be_merged_layer_by_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="DoRA"):
         shards_of(adapted(use_dora=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (lambda: peft.LoHaConfig(r=3, target_modules=QUERY), "query has .*another kind than LoRA"),
+        (lambda: peft.IA3Config(target_modules=QUERY, feedforward_modules=[]), "query has .*another kind than LoRA"),
+        (lambda: peft.LoraConfig(r=3, target_modules=QUERY, trainable_token_indices={"embed": [1, 2]}),
+         "embed.token_adapter has .*another kind than LoRA"),
+        (lambda: peft.LoraConfig(r=3, target_modules=[], target_parameters=["key.weight"]), "key has .*ParamWrapper"),
+    ],
+)  # fmt: skip
+def test_adapters_that_are_not_added_to_a_weight_are_refused(config: Callable[[], Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        shards_of(trained(config()))
+
+
+def test_a_quantised_base_is_refused() -> None:
+    model = adapted()
+    layer = model.base_model.model.query.base_layer
+    layer.weight = nn.Parameter(torch.zeros(12, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError, match="quantised"):
+        shards_of(model)

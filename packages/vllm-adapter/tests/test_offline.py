@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +95,16 @@ def test_an_async_engine_is_held(tmp_path: Path) -> None:
         assert oracle.problems_with_kept_caches(PROMPT, answer, versions) == []
 
 
+def test_an_engine_that_sleeps_is_refused(tmp_path: Path) -> None:
+    """Its weights are in no memory: a GPU's worker would die of the first read."""
+    made = checkpoints_of("llama", tmp_path)
+    told = {"checkpoints": [str(made["a"]), str(made["b"])]}
+    result = run_child(SUPPORT / "sleeping_child.py", told, tmp_path, os.environ | QUIET)
+    assert "wake it up first" in result["asleep"]["error"]
+    assert (result["asleep"]["weights_state"], result["asleep"]["version"]) == ("old", None)
+    assert (result["awake"].get("error"), result["awake"]["version"]) == (None, 1)
+
+
 def test_an_engine_that_was_not_started_for_headrace() -> None:
     config = SimpleNamespace(
         weight_transfer_config=None, parallel_config=SimpleNamespace(worker_extension_cls="")
@@ -101,3 +113,33 @@ def test_an_engine_that_was_not_started_for_headrace() -> None:
         attach(SimpleNamespace(vllm_config=config))
     with pytest.raises(ConfigError, match="no vLLM engine"):
         attach(object())
+
+
+LOST = """
+import os
+from types import SimpleNamespace
+from vllm.config import ParallelConfig
+from headrace.errors import ConfigError
+from headrace_vllm import attach
+
+launched = ParallelConfig(distributed_executor_backend="external_launcher", tensor_parallel_size=2)
+os.environ["VLLM_DP_SIZE"] = "2"
+for parallel in (launched, ParallelConfig()):
+    assert parallel.world_size_across_dp == 2
+    config = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="headrace"), parallel_config=parallel)
+    try:
+        attach(SimpleNamespace(vllm_config=config, collective_rpc=print))
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_an_object_that_reaches_only_some_of_the_workers() -> None:
+    """vLLM counts those of other processes too, whose receivers nobody would call."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOST], env=os.environ | QUIET | {"VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    launched, one_of_two = done.stdout.splitlines()
+    assert "external launcher starts this engine's 2 workers" in launched
+    assert "one of 2 data-parallel engines" in one_of_two

@@ -1,4 +1,4 @@
-"""Engines in a Python process of their own: how a test runs one, and what one in an event loop does there."""
+"""Engines in a Python process of their own: how a test runs one, and how one is taken through updates there."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.protocols import EngineControl
+from headrace.report import UpdateReport
 from headrace.server.parameter_server import ParameterServer
 
 
@@ -45,6 +47,42 @@ def run_child(
     assert out.exists(), log.read_text(errors="replace")[-6000:]
     made: dict[str, Any] = json.loads(out.read_text())
     return made
+
+
+def answer(main: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Be what `run_child` runs: write what `main` makes of its SPEC; the process ends, whatever an engine left."""
+    try:
+        told = main(json.loads(Path(sys.argv[1]).read_text()))
+        Path(sys.argv[2]).write_text(json.dumps(told))
+    except BaseException:  # noqa: BLE001 - in the log, which `run_child` shows where there is no result
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def states_over_updates(
+    control: EngineControl, checkpoints: Sequence[str], state: Callable[[], dict[str, Any]], **choices: object
+) -> list[dict[str, Any]]:
+    """Return the state of an engine before any update, and after one to each checkpoint, with what came of that.
+
+    `choices` are the updates'.
+    """
+    states = [state()]
+    for checkpoint in checkpoints:
+        with ParameterServer(checkpoint) as server:
+            try:
+                outcome = _outcome(server.update(control, **choices))
+            except HeadraceError as error:
+                outcome = {"error": str(error), "weights_state": error.weights_state}
+        states.append(outcome | state())
+    return states
+
+
+def _outcome(report: UpdateReport) -> dict[str, Any]:
+    worker = report.workers[0]
+    found = {"opaque": len(worker.opaque_names), "left": list(worker.left_names), "ring": worker.ring}
+    return found | {"unused": list(report.unused_names)}
 
 
 async def update_while_answering(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from headrace.engine_http import HttpEngine
 from headrace.errors import BackendUnavailableError, ConfigError, HeadraceError, RemoteProtocolError
 from headrace_sglang.pausing import pause_within
+from headrace_sglang.routes import PAUSE_ROUTE, ROUTE
 
 if TYPE_CHECKING:
     import httpx
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from headrace.protocols import Ticket
     from headrace.types import CacheMode
 
-_ROUTE = "/headrace"
-_PAUSE_ROUTE = "/headrace/pause"
 _START = (
     "install headrace-sglang in the environment that SGLang runs in and start it again, with `headrace` in "
     "SGLANG_PLUGINS if that is set and without --tokenizer-worker-num"
@@ -30,18 +29,18 @@ class SglangControl(HttpEngine):
     All are guarded as SGLang guards its own routes for weights: by `--admin-api-key`, else by `--api-key`, else not.
     """
 
-    health: ClassVar[str] = _ROUTE
+    health: ClassVar[str] = ROUTE
 
     def expected_receivers(self, deadline_s: float) -> int:
         """Return the number of schedulers over all data-parallel replicas behind this address."""
-        count = self._request("GET", _ROUTE, deadline_s).get("receivers")
+        count = self._request("GET", ROUTE, deadline_s).get("receivers")
         if not isinstance(count, int) or count < 1:
-            raise RemoteProtocolError(f"{self._url}{_ROUTE} names no receivers; is it an SGLang server?")
+            raise RemoteProtocolError(f"{self._url}{ROUTE} names no receivers; is it an SGLang server?")
         return count
 
     def enrol(self, ticket: Ticket, deadline_s: float) -> None:
         """Hand the ticket to every scheduler."""
-        self._request("POST", _ROUTE, deadline_s, json=asdict(ticket))
+        self._request("POST", ROUTE, deadline_s, json=asdict(ticket))
 
     def pause(self, cache: CacheMode, deadline_s: float) -> None:
         """Stop forward steps; with `recompute` requests give up their KV, and all of it is dropped."""
@@ -58,11 +57,11 @@ class SglangControl(HttpEngine):
 
     def served_version(self, deadline_s: float) -> int | None:
         """Return the version that SGLang reports, or None where no update was made."""
-        version = self._request("GET", _ROUTE, deadline_s).get("version")
+        version = self._request("GET", ROUTE, deadline_s).get("version")
         return version if isinstance(version, int) else None
 
     def _pause_once(self, cache: CacheMode, deadline_s: float) -> str:
-        return str(self._request("POST", _PAUSE_ROUTE, deadline_s, json=cache).get("refused", ""))
+        return str(self._request("POST", PAUSE_ROUTE, deadline_s, json=cache).get("refused", ""))
 
     def _health(self, timeout_s: float) -> tuple[bool, str]:
         """Ask the plug-in: SGLang's own `/health` makes a token, which a paused engine cannot."""
@@ -80,5 +79,5 @@ class SglangControl(HttpEngine):
         return super()._refusal(path, response)
 
     def _absent(self) -> BackendUnavailableError:
-        message = f"{self._url} has no {_ROUTE}: it is no SGLang, or one without Headrace's plug-in; {_START}"
+        message = f"{self._url} has no {ROUTE}: it is no SGLang, or one without Headrace's plug-in; {_START}"
         return BackendUnavailableError(message, name=self._url)

@@ -19,13 +19,11 @@ from headrace.adapter.calls import version_number
 from headrace.errors import BackendUnavailableError, ConfigError, HeadraceError
 from headrace.protocols import Ticket
 from headrace.types import CacheMode
+from headrace_sglang.routes import PAUSE_ROUTE, ROUTE
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
-
-ROUTE = "/headrace"
-PAUSE_ROUTE = "/headrace/pause"
 
 
 def open_door(result: Any, *_args: object, **_options: object) -> None:  # noqa: ANN401

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
-from children import update_while_answering
+from children import answer, update_while_answering
 from sglang_server import SMALL, answer_of
 
 
@@ -39,6 +35,4 @@ async def main(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    told = asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))
-    Path(sys.argv[2]).write_text(json.dumps(told))
-    os._exit(0)
+    answer(lambda spec: asyncio.run(main(spec)))

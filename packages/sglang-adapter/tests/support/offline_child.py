@@ -5,12 +5,10 @@ SPEC holds `checkpoints` (the first is the engine's own), `prompt`, `num_tokens`
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
+from children import answer, states_over_updates
 from sglang_server import SMALL, answer_of
 
 if os.environ.get("HEADRACE_TEST_PACKED") == "1":
@@ -22,8 +20,6 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     import sglang
 
     import headrace_sglang
-    from headrace.errors import HeadraceError
-    from headrace.server.parameter_server import ParameterServer
 
     options = {**SMALL, "log_level": "error", **spec["engine"]}
     engine = sglang.Engine(model_path=spec["checkpoints"][0], **options)
@@ -34,23 +30,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         out = engine.generate(input_ids=spec["prompt"], sampling_params=sampling, return_logprob=True)
         return {"answer": answer_of(out), "version": control.served_version(10)}
 
-    results: list[dict[str, Any]] = [state()]
-    for checkpoint in spec["checkpoints"][1:]:
-        result: dict[str, Any] = {}
-        with ParameterServer(checkpoint) as server:
-            try:
-                report = server.update(control, verify=spec["verify"], cache=spec["cache"])
-                result["opaque"] = len(report.workers[0].opaque_names)
-                result["unused"] = list(report.unused_names)
-            except HeadraceError as error:
-                result["error"], result["weights_state"] = str(error), error.weights_state
-        results.append(result | state())
+    choices = {"verify": spec["verify"], "cache": spec["cache"]}
+    results = states_over_updates(control, spec["checkpoints"][1:], state, **choices)
     engine.shutdown()
     return {"results": results}
 
 
 if __name__ == "__main__":
-    told = main(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(told))
-    sys.stdout.flush()
-    os._exit(0)
+    answer(main)

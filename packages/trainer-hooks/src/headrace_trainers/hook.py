@@ -51,6 +51,7 @@ class Hook:
         self._waited_s = self._told_s = 0.0
         self._rounds = 0
         self._failures: dict[str, str] = {}
+        self._num_ends = 0
         self._end: dict[str, Any] | None = None
         self._closed = False
         atexit.register(self.close, publish=False)
@@ -88,14 +89,19 @@ class Hook:
         self._raise_if_told()
 
     def flush(self) -> None:
-        """Have the engines serve the weights as they are now; every rank calls it, between two steps. Blocking.
+        """Have the engines serve the weights as they are now, whatever changed them; every rank calls it. Blocking.
+
+        It is called between two steps, where nothing else changes weights.
 
         Raises:
             UpdateFailedError: With `on_error="raise"`: it failed.
         """
+        self._flush(again=True)
+
+    def _flush(self, *, again: bool) -> None:
         self._source.mark_written()
         self._fence.end()
-        self._publish(wait=True)
+        self._publish(wait=True, again=again)
         self._deliver(is_shared=True)
         self._raise_if_told()
 
@@ -103,7 +109,7 @@ class Hook:
         """Publish what is not out yet and let go of everything; every rank calls it. Idempotent.
 
         Args:
-            publish: Whether to `flush` first.
+            publish: Whether to publish first, if the engines do not have the last step.
 
         Raises:
             UpdateFailedError: With `on_error="raise"`: the last update failed.
@@ -112,7 +118,7 @@ class Hook:
             return
         try:
             if publish:
-                self.flush()
+                self._flush(again=False)
         finally:
             self._closed = True
             self._fence.end()
@@ -133,12 +139,12 @@ class Hook:
     ) -> None:
         self.close(publish=kind is None)
 
-    def _publish(self, *, wait: bool) -> None:
+    def _publish(self, *, wait: bool, again: bool = False) -> None:
         begin = time.monotonic()
         self._rounds += 1
         try:
             if self._publisher is not None:
-                outcome = self._publisher.ask()
+                outcome = self._publisher.ask(again=again)
                 if wait:
                     self._share(outcome)
             elif wait:
@@ -177,7 +183,7 @@ class Hook:
         if self._end is None:
             at = self._fence.step + (1 if self._crew.world_size > 1 else 0)
             self._end = {"step": at, "failures": failures}
-            self._crew.tell(_END, json.dumps(self._end))
+            self._crew.tell(f"{_END}/{self._num_ends}", json.dumps(self._end))
 
     def _raise_if_told(self) -> None:
         """Raise on every rank what went wrong, if training is to end by it."""
@@ -185,10 +191,11 @@ class Hook:
         if self.settings.on_error != "raise":
             return
         if self._crew.rank and self.settings.mode == "background" and self._end is None:
-            said = self._crew.heard(_END)
+            said = self._crew.heard(f"{_END}/{self._num_ends}")
             self._end = None if said is None else json.loads(said)
         if not failures and self._end is not None and self._fence.step >= self._end["step"]:
             failures, self._end = self._end["failures"], None
+            self._num_ends += 1
         if failures:
             text = "; ".join(f"{name}: {why}" if name else why for name, why in failures.items())
             raise UpdateFailedError(text, phase="hook")

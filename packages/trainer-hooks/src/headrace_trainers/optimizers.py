@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
 from headrace.errors import ConfigError
 from headrace_trainers.hook import Hook
+
+_Arguments = tuple[Any, ...]
+_Options = dict[str, Any]
 
 
 def raw_optimizer(optimizer: Any) -> Optimizer:  # noqa: ANN401 - wrappers of any framework
@@ -32,5 +35,24 @@ def watch(optimizers: Optimizer | Sequence[Optimizer], hook: Hook) -> None:
     chosen = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     raw = [raw_optimizer(one) for one in chosen]
     for one in raw:
-        one.register_step_pre_hook(lambda *_: hook.before_step())
+        one.register_step_pre_hook(_fencing(hook))
     raw[-1].register_step_post_hook(lambda *_: hook.after_step())
+
+
+def _fencing(hook: Hook) -> Callable[[Optimizer, _Arguments, _Options], tuple[_Arguments, _Options] | None]:
+    """Return what fences a step: at its begin, or behind a closure, from which torch's own optimizers get gradients."""
+
+    def fence(optimizer: Optimizer, arguments: _Arguments, options: _Options) -> tuple[_Arguments, _Options] | None:
+        closure = options.get("closure", arguments[1] if len(arguments) > 1 else None)
+        if closure is None or not type(optimizer).__module__.startswith("torch.optim."):
+            hook.before_step()
+            return None
+
+        def fenced() -> Any:  # noqa: ANN401 - a loss
+            loss = closure()
+            hook.before_step()
+            return loss
+
+        return (optimizer,), {**options, "closure": fenced}
+
+    return fence

@@ -26,11 +26,13 @@ class Outcome:
     """What became of one round; valid when `done` is set.
 
     Attributes:
+        again: Whether to publish also where the engines have this step.
         done: Set at its end.
         update: The core's report, or None where no engine was updated.
         failures: What went wrong, by engine; under an empty name where it concerns them all.
     """
 
+    again: bool = False
     done: threading.Event = field(default_factory=threading.Event)
     update: UpdateReport | None = None
     failures: dict[str, str] = field(default_factory=dict)
@@ -58,10 +60,11 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name="headrace-hook", daemon=True)
         self._thread.start()
 
-    def ask(self) -> Outcome:
+    def ask(self, *, again: bool = False) -> Outcome:
         """Have the newest weights published as soon as the update under way has ended; returns before that.
 
-        Asking again before it has begun is the same request: a step that is past is skipped.
+        Asking once more before it has begun is the same request: a step that is past is skipped. `again` publishes a
+        step also where the engines have it: its weights may have been changed since.
         """
         with self._wanted:
             if self._closed:
@@ -69,6 +72,7 @@ class Publisher:
             if self._next is None:
                 self._next = Outcome()
                 self._wanted.notify()
+            self._next.again |= again
             return self._next
 
     def reports(self, held_s: float) -> list[StepReport]:
@@ -96,7 +100,7 @@ class Publisher:
                 outcome, self._next = self._next, None
             if outcome is None:
                 return
-            if self._told or self._out_step != self._source.step:
+            if outcome.again or self._told or self._out_step != self._source.step:
                 self._round(outcome)
                 self._finished.append(outcome)
             outcome.done.set()

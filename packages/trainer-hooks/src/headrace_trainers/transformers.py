@@ -8,20 +8,17 @@ it before all others, so that every integration (TensorBoard, W&B, ...) has them
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import wraps
 from typing import Any, cast
 
-from accelerate.utils import DeepSpeedOptimizerWrapper
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from headrace_trainers.hook import Hook
 from headrace_trainers.optimizers import watch
 from headrace_trainers.settings import HELD, HookSettings, StepReport, Target
-
-logger = logging.getLogger(__name__)
 
 
 class HeadraceCallback(TrainerCallback):  # type: ignore[misc] # has no types
@@ -87,12 +84,15 @@ class HeadraceCallback(TrainerCallback):  # type: ignore[misc] # has no types
             self._metrics = {}
 
     def on_train_end(
-        self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_kwargs: object
+        self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_kwargs: object
     ) -> None:
-        """Publish what is not out yet, and let go of the model."""
+        """Publish what is not out yet, or the best model where the Trainer has just loaded it; let go of the model."""
         hook, self.hook = self.hook, None
-        if hook is not None:
-            hook.close()
+        if hook is None:
+            return
+        with hook:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                hook.flush()
 
     def _take(self, report: StepReport) -> None:
         held_s = self._metrics.get(HELD, 0.0) + report.held_s

@@ -23,10 +23,14 @@ def attach_engine(engine: Any, *, to: Target | Sequence[Target], **choices: obje
     engine's `step` is wrapped.
 
     Raises:
-        ConfigError: A choice makes no sense, a parameter cannot be published, or this is no DeepSpeed engine.
+        ConfigError: A choice makes no sense, a parameter cannot be published, or this is no DeepSpeed engine, or one
+            with pipeline stages.
     """
     if not is_engine(engine):
         message = f"{type(engine).__name__} is no DeepSpeedEngine; give what deepspeed.initialize returned"
+        raise ConfigError(message, name="engine")
+    if engine.pipeline_parallelism:
+        message = "this engine has pipeline stages, whose steps DeepSpeed tells nobody of; train with ZeRO 0 to 3"
         raise ConfigError(message, name="engine")
     hook = Hook(engine.module, HookSettings.of(to, **choices), step=int(engine.global_steps))
     _wrap(engine, hook)
@@ -38,8 +42,7 @@ def _wrap(engine: Any, hook: Hook) -> None:  # noqa: ANN401 - DeepSpeed has no t
 
     @wraps(inner)
     def step(*args: object, **options: object) -> object:
-        # Unmanaged accumulation has its boundary only inside of `step`.
-        if not engine.managed_gradient_accumulation() or engine.is_gradient_accumulation_boundary():
+        if _ends_accumulation(engine):
             hook.before_step()
             result = inner(*args, **options)
             hook.after_step(applied=engine.was_step_applied())
@@ -47,3 +50,11 @@ def _wrap(engine: Any, hook: Hook) -> None:  # noqa: ANN401 - DeepSpeed has no t
         return inner(*args, **options)
 
     engine.step = step
+
+
+def _ends_accumulation(engine: Any) -> bool:  # noqa: ANN401
+    """Return whether the engine's next `step` is one of its optimizer."""
+    is_managed = getattr(engine, "managed_gradient_accumulation", None)  # DeepSpeed 0.19.4 and later
+    if is_managed is not None and not is_managed():
+        return True  # the boundary is there only inside of `step`
+    return bool(engine.is_gradient_accumulation_boundary())

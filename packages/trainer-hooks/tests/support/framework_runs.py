@@ -37,17 +37,17 @@ def hugging_face(folder: Path, out: Path, url: str, **options: Any) -> tuple[Any
         max_steps=3,
         per_device_train_batch_size=2,
         logging_steps=1,
-        save_strategy="no",
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
-        **options,
+        **{"save_strategy": "no", **options},
     )
     if arguments.fsdp:
         allow_fsdp_on_cpu()
-    trainer = Trainer(load(folder), arguments, train_dataset=examples(24), callbacks=[Compare()])
+    data = {"train_dataset": examples(24), "eval_dataset": examples(2)}
+    trainer = Trainer(load(folder), arguments, **data, callbacks=[Compare()])
     callback = attach(trainer, to=f"torch={url}", mode="wait", on_error="raise")
     trainer.train()
     return trainer, callback, found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+TRANSFER, EXTENSION = "init_weight_transfer_engine", "headrace_enrol"
+"""The two calls that bring a ticket; the first is vLLM's own."""
 HOLD = "headrace_hold"
 OBSTACLE = "headrace_hold_obstacle"
 

@@ -15,7 +15,7 @@ from headrace.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from headrace_vllm.calls import HOLD, OBSTACLE, obstacle_of
+from headrace_vllm.calls import EXTENSION, HOLD, OBSTACLE, TRANSFER, obstacle_of
 
 if TYPE_CHECKING:
     import httpx
@@ -57,15 +57,13 @@ class VllmControl(HttpEngine):
         fields = asdict(ticket)
         # After an error inside a route the server drops the connection, maybe while the next request is on its way.
         once = {"connection": "close"}
-        first = self._send(
-            "POST", "/init_weight_transfer_engine", deadline_s, json={"init_info": fields}, headers=once
-        )
+        first = self._send("POST", f"/{TRANSFER}", deadline_s, json={"init_info": fields}, headers=once)
         if first.is_success:
             return
-        call = {"method": "headrace_enrol", "kwargs": fields}
+        call = {"method": EXTENSION, "kwargs": fields}
         second = self._send("POST", "/collective_rpc", deadline_s, json=call, headers=once)
         if not second.is_success:
-            said = [f"/init_weight_transfer_engine: {_brief(first)}", f"/collective_rpc: {_brief(second)}"]
+            said = [f"/{TRANSFER}: {_brief(first)}", f"/collective_rpc: {_brief(second)}"]
             message = f"{self._url} does not take tickets ({'; '.join(said)}); {_START}"
             raise BackendUnavailableError(message, name=self._url)
 

@@ -1,4 +1,7 @@
-"""What a hold needs inside vLLM: a call that workers stand still in, and tokens that keep their version around it."""
+"""What updates and holds need in vLLM's engine core and workers.
+
+No ticket is taken for weights that sleep; workers stand still in a call; tokens around it keep their version.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from headrace_vllm.calls import HOLD, OBSTACLE
+from headrace.errors import BackendUnavailableError
+from headrace_vllm.calls import EXTENSION, HOLD, OBSTACLE, TRANSFER
+from headrace_vllm.watch import wanted
 
 EXECUTORS = frozenset({"UniProcExecutor", "MultiprocExecutor"})
 """Executors whose calls and forward steps reach every worker in one order."""
@@ -22,7 +27,7 @@ def watch_core() -> None:
         return
     setattr(WorkerBase, HOLD, _stand)
     setattr(WorkerBase, OBSTACLE, _unwatched)
-    EngineCore.collective_rpc = _with_holds(EngineCore.collective_rpc)
+    EngineCore.collective_rpc = _watched(EngineCore.collective_rpc)
     if hasattr(EngineCore, "_attach_weight_version"):
         EngineCore._attach_weight_version = _with_batches_ahead(EngineCore._attach_weight_version)
 
@@ -39,17 +44,26 @@ def _unwatched(_worker: Any) -> dict[str, str | None]:  # noqa: ANN401
     return {"obstacle": "its engine core did not load headrace-vllm's plug-in; is VLLM_PLUGINS set?"}
 
 
-def _with_holds(original: Any) -> Any:  # noqa: ANN401
+def _watched(original: Any) -> Any:  # noqa: ANN401
     @functools.wraps(original)
     def collective_rpc(core: Any, method: Any, *rest: Any, **options: Any) -> Any:  # noqa: ANN401
         if method == OBSTACLE:
             return [{"obstacle": obstacle(core), "workers": core.vllm_config.parallel_config.world_size}]
+        if method in {TRANSFER, EXTENSION} and wanted(core.vllm_config):
+            _check_awake(core)
         results = original(core, method, *rest, **options)
         if method == HOLD:
             _note_version(core, results)
         return results
 
     return collective_rpc
+
+
+def _check_awake(core: Any) -> None:  # noqa: ANN401
+    """Refuse a ticket while vLLM's sleep has taken the memory that an update would read and write."""
+    if "weights" in getattr(core.model_executor, "sleeping_tags", ()):
+        message = "vLLM sleeps, and its weights are in no memory; wake it up first, or its tag `weights` (`/wake_up`)"
+        raise BackendUnavailableError(message, name="vllm")
 
 
 def obstacle(core: Any) -> str | None:  # noqa: ANN401 - an EngineCore

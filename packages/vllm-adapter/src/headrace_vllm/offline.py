@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.adapter.calls import await_within, call_within, check_thread, running_loop, version_number
 from headrace.errors import ConfigError
-from headrace_vllm.calls import HOLD, OBSTACLE, obstacle_of
+from headrace_vllm.calls import EXTENSION, HOLD, OBSTACLE, TRANSFER, obstacle_of
 
 if TYPE_CHECKING:
     from headrace.protocols import EngineControl, Ticket
     from headrace.types import CacheMode
 
 T = TypeVar("T")
-_TRANSFER, _EXTENSION = "init_weight_transfer_engine", "headrace_enrol"
 
 
 def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineControl:  # noqa: ANN401 - vLLM is an extra
@@ -40,8 +39,9 @@ def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineCon
         message = f"{type(llm).__name__} is no vLLM engine; give an LLM, an LLMEngine or an AsyncLLM"
         raise ConfigError(message, name="llm")
     method = _enrol_method(config)
-    _check_reach(config.parallel_config)
-    if asyncio.iscoroutinefunction(llm.collective_rpc):
+    is_async = asyncio.iscoroutinefunction(llm.collective_rpc)
+    _check_reach(config.parallel_config, is_async=is_async)
+    if is_async:
         return AsyncLlmControl(llm, config, method, loop or running_loop("an AsyncLLM"))
     return LlmControl(getattr(llm, "llm_engine", llm), config, method)
 
@@ -49,9 +49,9 @@ def attach(llm: Any, loop: asyncio.AbstractEventLoop | None = None) -> EngineCon
 def _enrol_method(config: Any) -> str:  # noqa: ANN401 - a VllmConfig
     transfer = config.weight_transfer_config
     if transfer is not None and transfer.backend == "headrace":
-        return _TRANSFER
+        return TRANSFER
     if (config.parallel_config.worker_extension_cls or "").startswith("headrace_vllm."):
-        return _EXTENSION
+        return EXTENSION
     message = (
         'this engine was not started for Headrace; give LLM(..., weight_transfer_config={"backend": "headrace"}) '
         "or worker_extension_cls='headrace_vllm.WorkerExtension'"
@@ -59,20 +59,25 @@ def _enrol_method(config: Any) -> str:  # noqa: ANN401 - a VllmConfig
     raise ConfigError(message, name="llm")
 
 
-def _check_reach(parallel: Any) -> None:  # noqa: ANN401 - a ParallelConfig
-    """Refuse a front of data-parallel engines that it does not reach all of."""
-    for name in ("data_parallel_external_lb", "data_parallel_hybrid_lb"):
-        if getattr(parallel, name, False):
-            message = (
-                f"this engine runs with {name}: its object reaches only some of the data-parallel engines; let vLLM "
-                "balance the load itself, or start independent engines"
-            )
-            raise ConfigError(message, name=name)
+def _check_reach(parallel: Any, *, is_async: bool) -> None:  # noqa: ANN401 - a ParallelConfig
+    """Refuse an object that reaches only some of the workers that vLLM counts to its engine."""
+    lb = [name for name in ("data_parallel_external_lb", "data_parallel_hybrid_lb") if getattr(parallel, name, False)]
+    size, world = parallel.data_parallel_size, parallel.world_size
+    if lb:
+        reason = f"this engine runs with {lb[0]}: its object reaches only some of the data-parallel engines"
+    elif size > 1 and (parallel.data_parallel_rank_local is not None or not is_async):
+        reason = f"this object is the front of one of {size} data-parallel engines (VLLM_DP_SIZE), and of no other"
+    elif world > 1 and parallel.distributed_executor_backend == "external_launcher":
+        reason = f"an external launcher starts this engine's {world} workers, and its object reaches only its own"
+    else:
+        return
+    message = f"{reason}; let vLLM start all workers and balance the load itself, or start independent engines"
+    raise ConfigError(message, name="llm")
 
 
 def _call_of(method: str, ticket: Ticket) -> dict[str, Any]:
     fields = asdict(ticket)
-    return {"init_info": fields} if method == _TRANSFER else fields
+    return {"init_info": fields} if method == TRANSFER else fields
 
 
 class _Attached:

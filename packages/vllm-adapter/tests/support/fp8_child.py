@@ -7,13 +7,11 @@ digest of all parameters, byte by byte, and what the engine answers.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from children import answer, states_over_updates
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 PROMPT = list(range(10, 26))
@@ -33,8 +31,6 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     import headrace_vllm
-    from headrace.errors import HeadraceError
-    from headrace.server.parameter_server import ParameterServer
 
     options = {
         "enforce_eager": True, "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 256 << 20, "max_model_len": 512,
@@ -49,22 +45,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         (found,) = llm.collective_rpc(digests)
         return {"digests": found, "tokens": list(made.token_ids)}
 
-    control = headrace_vllm.attach(llm)
-    states = [state()]
-    for checkpoint in spec["checkpoints"][1:]:
-        result: dict[str, Any] = {}
-        with ParameterServer(checkpoint) as server:
-            try:
-                worker = server.update(control).workers[0]
-                result = {"opaque": len(worker.opaque_names), "ring": worker.ring}
-            except HeadraceError as error:
-                result = {"error": str(error), "weights_state": error.weights_state}
-        states.append(result | state())
-    return {"states": states}
+    return {"states": states_over_updates(headrace_vllm.attach(llm), spec["checkpoints"][1:], state)}
 
 
 if __name__ == "__main__":
-    told = main(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(told))
-    sys.stdout.flush()
-    os._exit(0)
+    answer(main)

@@ -8,14 +8,12 @@ each update reports.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
-import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from children import answer
 from safetensors.torch import load_file
 
 os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING"}
@@ -76,11 +74,4 @@ async def _ask(llm: Any, request: str, streams: list[list[int]], num_tokens: int
 
 
 if __name__ == "__main__":
-    try:
-        told = asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))
-        Path(sys.argv[2]).write_text(json.dumps(told))
-    except Exception:  # noqa: BLE001 - written to the log, whose reader misses the result
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(0)
+    answer(lambda spec: asyncio.run(main(spec)))

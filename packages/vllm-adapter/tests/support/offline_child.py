@@ -7,11 +7,10 @@ guessed is part of the answer.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
+
+from children import answer, states_over_updates
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 GUESSES: list[int] = []
@@ -40,8 +39,6 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
 
     import headrace_vllm
-    from headrace.errors import HeadraceError
-    from headrace.server.parameter_server import ParameterServer
 
     small = {
         "enforce_eager": True,
@@ -57,7 +54,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         llm.collective_rpc(watch_guesses)
     sampling = SamplingParams(temperature=0, max_tokens=spec["num_tokens"], ignore_eos=True, logprobs=1)
 
-    def answer(lora: object = None) -> dict[str, Any]:
+    def ask(lora: object = None) -> dict[str, Any]:
         GUESSES.clear()
         out = llm.generate(
             [{"prompt_token_ids": spec["prompt"]}], sampling, use_tqdm=False, lora_request=lora
@@ -72,26 +69,12 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     adapter = LoRARequest("one", 1, spec["lora"]) if spec.get("lora") else None
 
     def state() -> dict[str, Any]:
-        adapted = {"adapted": answer(adapter)} if adapter else {}
-        return {"answer": answer(), "version": control.served_version(10)} | adapted
+        adapted = {"adapted": ask(adapter)} if adapter else {}
+        return {"answer": ask(), "version": control.served_version(10)} | adapted
 
-    results: list[dict[str, Any]] = [state()]
-    for checkpoint in spec["checkpoints"][1:]:
-        result: dict[str, Any] = {}
-        with ParameterServer(checkpoint) as server:
-            try:
-                report = server.update(control, verify=spec.get("verify", "digest"))
-                result["opaque"] = len(report.workers[0].opaque_names)
-                result["unused"] = list(report.unused_names)
-                result["left"] = list(report.workers[0].left_names)
-            except HeadraceError as error:
-                result["error"], result["weights_state"] = str(error), error.weights_state
-        results.append(result | state())
-    return {"results": results}
+    verify = spec.get("verify", "digest")
+    return {"results": states_over_updates(control, spec["checkpoints"][1:], state, verify=verify)}
 
 
 if __name__ == "__main__":
-    told = main(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(told))
-    sys.stdout.flush()
-    os._exit(0)
+    answer(main)
