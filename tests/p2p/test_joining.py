@@ -56,6 +56,23 @@ def test_a_new_instance_gets_what_others_hold(
         assert set(report["join"]["transports"].values()) == {"memory"}
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_status_that_goes_on_tells_each_look_also_where_no_terminal_is(
+    checkpoints: list[Path], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    with (
+        HoldProcess(checkpoints[0], tmp_path / "metas") as keeper,
+        Command("status", "--load-metas", keeper.metas, "--live", "--every-s", "0.1", *options) as status,
+    ):
+        assert status.process.stdout is not None
+        looks = (line for line in status.process.stdout if keeper.holders[0] in line)
+        assert next(looks)
+        assert next(looks)
+        status.process.send_signal(signal.SIGINT)
+        code, _, err = status.end(30.0)
+        assert (code, err) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("transport", "num_keepers"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -14,6 +16,7 @@ from headrace.cli.members import FromOptions, invitation_of
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from headrace.server.membership import Membership
     from headrace.wire import MemberStanding, Standing
 
 
@@ -26,7 +29,7 @@ def status(
     keeper: FromOptions.Of = None,
     token: FromOptions.Token = None,
     load_metas: FromOptions.Metas = None,
-    live: Annotated[bool, typer.Option("--live", help="Go on until stopped.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Look again until stopped.")] = False,
     every_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --live.")] = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -35,20 +38,25 @@ def status(
 
     from headrace.server.membership import Membership
 
-    with Membership(invitation_of(keeper, token, load_metas), "status") as member:
-        if as_json:
-            print_json(msgspec.to_builtins(member.standing()))
-            return
-        if not live:
-            stdout().print(standing_table(member.standing()))
-            return
-        with Live(standing_table(member.standing()), console=stdout(), refresh_per_second=4) as view:
-            try:
-                while True:
-                    time.sleep(every_s)
-                    view.update(standing_table(member.standing()))
-            except KeyboardInterrupt:
-                return
+    with Membership(invitation_of(keeper, token, load_metas), "status") as member, suppress(KeyboardInterrupt):
+        looks = _looks(member, every_s, live=live)
+        if live and not as_json and stdout().is_terminal:
+            with Live(standing_table(next(looks)), console=stdout(), refresh_per_second=4) as view:
+                for standing in looks:
+                    view.update(standing_table(standing))
+        for standing in looks:
+            if as_json:
+                print_json(msgspec.to_builtins(standing))
+            else:
+                stdout().print(standing_table(standing))
+
+
+def _looks(member: Membership, every_s: float, *, live: bool) -> Iterator[Standing]:
+    """Yield what the keeper knows: once, or with `live` again and again."""
+    yield member.standing()
+    while live:
+        time.sleep(every_s)
+        yield member.standing()
 
 
 def standing_table(standing: Standing) -> Group:
