@@ -188,15 +188,19 @@ class InterruptedFront(SlowFront):
         super().pause(cache, deadline_s)
 
 
-def test_ctrl_c_leaves_none_of_two_engines_paused(make_world: MakeWorld) -> None:
-    """They are stopped in threads of their own, which must have ended before the update is taken back."""
+@pytest.mark.parametrize("fronts", [(SlowFront, InterruptedFront), (InterruptedFront, SlowFront)])
+def test_ctrl_c_leaves_none_of_two_engines_paused(make_world: MakeWorld, fronts: tuple[type[BareControl], ...]) -> None:
+    """They are stopped in threads of their own, which must have ended before the update is taken back.
+
+    Where the first is interrupted, the threads are only just being started.
+    """
     worlds = [make_world(workers=1), make_world(workers=1)]
-    controls = [SlowFront(worlds[0].engine), InterruptedFront(worlds[1].engine)]
+    controls = [front(world.engine) for front, world in zip(fronts, worlds, strict=True)]
     with pytest.raises(KeyboardInterrupt):
         worlds[0].trainer(2).update(controls)
     time.sleep(1.5)
+    assert worlds[fronts.index(InterruptedFront)].engine.pauses == 1
     for world in worlds:
-        assert world.engine.pauses == 1
         world.check()
         world.heals()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from secrets import token_hex
@@ -40,8 +41,10 @@ from headrace.types import ParamTable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+BEGIN_S = 10.0
 FINISH_S = 10.0
 SETTLE_S = 10.0
+SIGNALS_S = 0.1
 _PARTIAL = (
     "does the address reach all workers that the engine counts? One of several fronts of data-parallel engines "
     "(external or hybrid load balancing) does not, and cannot be updated"
@@ -366,20 +369,30 @@ class Update:
         """Run a blocking call for every instance side by side; raises the first failure after all have ended.
 
         Broken off by Ctrl-C, it waits at most `ending_s` for calls to end: none may talk with receivers, pause or
-        resume beside what takes the update back.
+        resume beside what takes the update back. None begins before all are known here.
         """
         if len(self.instances) == 1:
             return [call(self.instances[0])]
-        futures = [self._calls.submit(call, instance) for instance in self.instances]
+        known, futures = threading.Event(), list[Future[T]]()
+
+        def begin(instance: Instance) -> T:
+            if not known.wait(BEGIN_S):
+                instance.broken.set()
+            instance.check()
+            return call(instance)
+
         try:
-            errors = [error for future in futures if (error := future.exception()) is not None]
+            futures = [self._calls.submit(begin, instance) for instance in self.instances]
+            known.set()
+            # A signal that comes right before a wait is seen only after it.
+            while wait(futures, SIGNALS_S).not_done:
+                pass
         except BaseException:
             for instance in self.instances:
                 instance.broken.set()
+            known.set()
             wait(futures, ending_s)
             raise
-        if errors:
-            raise errors[0]
         return [future.result() for future in futures]
 
 
