@@ -17,6 +17,7 @@ from headrace.types import BarrierName, CacheMode, RouteName, VerifyMode
 MIB = 1 << 20
 GIB = 1 << 30
 BUCKET_BYTES = 64 * MIB
+MAX_PORT = 65535
 
 
 def check_seconds(given: float, name: str) -> None:
@@ -219,6 +220,11 @@ def size_bytes(given: float | str, unit_bytes: int, name: str) -> int:
         unit = {MIB: "MiB", GIB: "GiB"}[unit_bytes]
         raise ConfigError(f"{name} is {given}; give {unit} as a number, such as 8.5", name=name)
     return int(wished)
+
+
+def bracketed(host: str) -> str:
+    """Return an address as it stands before a port: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def advertised(bind: str, environ: Mapping[str, str] | None = None) -> str:

@@ -16,7 +16,7 @@ from headrace.cli.console import format_bytes, print_json, stdout
 from headrace.cli.files import check_writable
 from headrace.cli.members import FromOptions, with_cpus, with_nics
 from headrace.cli.options import Checkpoint
-from headrace.config import advertised, host_settings
+from headrace.config import MAX_PORT, advertised, host_settings
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from headrace.server.parameter_server import ParameterServer
 
 _CHECK_EVERY_S = 1.0
-_MAX_PORT = 65535
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -106,7 +105,7 @@ def _host(bind: str | None, advertise: str | None, transport: str, *, allowed: b
         raise ConfigError(f"--transport is {transport!r}; choose tcp or mooncake", name="--transport")
     if bind is not None:
         address, _, port = bind.rpartition(":") if bind.count(":") == 1 else (bind, "", "0")
-        if not address or not port.isdigit() or int(port) > _MAX_PORT:
+        if not address or not port.isdigit() or int(port) > MAX_PORT:
             raise ConfigError(f"--bind is {bind!r}; write HOST or HOST:PORT", name="--bind")
         host = replace(host, bind_host=address, bind_port=int(port), advertise_host=advertised(address))
     if advertise is not None:

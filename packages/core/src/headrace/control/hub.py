@@ -14,7 +14,7 @@ from typing import Self
 
 import zmq
 
-from headrace.config import HostSettings
+from headrace.config import HostSettings, bracketed
 from headrace.control.keys import KeyPair, TokenBook
 from headrace.control.peers import Event, Lost, PeerId, Received
 from headrace.control.router import Arrival, Router
@@ -207,15 +207,11 @@ def _bind(
     socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.set_hwm(0)
     try:
-        socket.bind(f"tcp://{_bracketed(host.bind_host)}:{host.bind_port or '*'}")
+        socket.bind(f"tcp://{bracketed(host.bind_host)}:{host.bind_port or '*'}")
     except zmq.ZMQError as error:
         socket.close(linger=0)
         port = f" port {host.bind_port}" if host.bind_port else ""
         message = f"cannot listen on {host.bind_host!r}{port}: {error}; set HEADRACE_BIND to a local address"
         raise ConfigError(message, name="HEADRACE_BIND") from error
     port = socket.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
-    return socket, f"tcp://{_bracketed(told)}:{port}"
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    return socket, f"tcp://{bracketed(told)}:{port}"

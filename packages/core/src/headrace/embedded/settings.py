@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from headrace.config import MAX_PORT
 from headrace.errors import ConfigError
 
 LoadFormat = Literal["auto", "dummy"]
 Device = Literal["cpu", "cuda"]
-_MAX_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +57,8 @@ class EngineSettings:
         for field in ("tp", "num_threads", "max_running"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}; the least is 1", name=field)
-        if not 0 <= self.port <= _MAX_PORT:
-            raise ConfigError(f"port is {self.port}; give one of 0 to {_MAX_PORT}", name="port")
+        if not 0 <= self.port <= MAX_PORT:
+            raise ConfigError(f"port is {self.port}; give one of 0 to {MAX_PORT}", name="port")
         if not (self.model / "config.json").is_file():
             message = f"{self.model} has no config.json; give a folder in Hugging Face layout"
             raise ConfigError(message, name=str(self.model))

@@ -3,8 +3,9 @@
 A block is `(n0, n1, width)` units at a source and a destination address. Tile `t` of the launch is `BLOCK` consecutive
 units, counted row-major, of block `tile_block[t]`. Reads of page-locked host memory go over PCIe without a copy engine.
 
-Tiles `[0, num_near)` read the own GPU, the others another one. Programs take both kinds in turns all the way through:
-multiprocessors start programs in order, so that one kind after the other would leave NVLink idle and then wait for it.
+Tiles `[0, num_near)` read the own GPU, the others another one or the host. Programs take both kinds in turns all the
+way through: multiprocessors start programs in order, so that one kind after the other would leave the link idle and
+then wait for it.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from headrace.config import HostSettings
+from headrace.config import HostSettings, bracketed
 from headrace.errors import (
     ConfigError,
     HeadraceError,
@@ -79,8 +79,7 @@ class TcpServer:
         told = host.require_advertised()
         self._listener = listen(host.bind_host)
         port = self._listener.getsockname()[1]
-        shown = f"[{told}]" if ":" in told else told
-        self.endpoint = f"{shown}:{port}"
+        self.endpoint = f"{bracketed(told)}:{port}"
         self._thread = threading.Thread(target=self._accept, name="headrace-tcp", daemon=True)
         self._thread.start()
 
